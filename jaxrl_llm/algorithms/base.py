@@ -1,0 +1,141 @@
+"""The interface of a method: pure functions, in the manner of optax.
+
+Most methods define `credit`, `loss` and `needs` and take the rest from here. Rules that keep methods honest:
+statistics of the *old* policy belong in `credit`, of the *current* policy in `loss`; advantages are computed on the pool
+they are defined on, before `select`; replayed rows bring their advantage and old_logp and stay out of fresh statistics.
+"""
+
+from collections.abc import Callable, Generator
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jaxtyping import Array, Float
+
+from jaxrl_llm.objectives import weights
+from jaxrl_llm.types import Credit, Memory, Metrics, Rollouts, State, Views
+
+Key = jax.Array
+
+
+class Needs(NamedTuple):
+    """What the loop must provide for a method. Everything is static."""
+
+    loss: tuple[str, ...] = ("logp",)  # views of the current policy that the loss differentiates
+    rescore: tuple[
+        str, ...
+    ] = ()  # "<policy>_<view>" stored in Rollouts.extras before credit: "ref_logp", "old_entropy"
+    row_extras: tuple[str, ...] = ()  # row data the collector must supply: "prompt_id", "traj", "anchor_id", ...
+    critic: bool = False  # a value model is a second trainable; loss view "values" comes from it
+    reference: bool = False  # a frozen copy of the initial policy is kept (implied by any "ref_*" view)
+    importance: bool = True  # sampler/learner importance weights make sense for this loss
+    scorer: str = "causal"  # who computes views: "causal", or a plug-in's name
+
+
+class Plan(NamedTuple):
+    """What to generate. Static fields choose programs; arrays may change every step without recompiling."""
+
+    group_size: int
+    collector: "Collector | None" = None  # None: `rollout.collectors.flat`
+    hook: "SamplerHook | None" = None  # changes logits before sampling, compiled into its own engine
+    temperature: Array | None = None  # [] sampling temperature; None: the config's
+    score_temperature: Array | None = None  # [] temperature of the "tempered_logp" view
+    hook_state: Any = ()  # pytree of arrays handed to the hook
+    prompt_weights: Array | None = None  # [n_prompts] draw prompts without replacement by these weights
+
+
+# (logits [S, V] float32, temperature [S], hook_state) -> temperature [S]; pure, jitted into the decode loop.
+SamplerHook = Callable[[Float[Array, "S V"], Float[Array, "S"], Any], Float[Array, "S"]]
+# A host coroutine: yields Request / Score (rollout/collectors.py), receives completions / rewards, returns host rows.
+Collector = Callable[..., Generator[Any, Any, Any]]
+# views(rows, names, policy) -> Views: the learner's no-gradient scoring, handed to `observe` and `update`.
+ViewsFn = Callable[[Rollouts, tuple[str, ...], str], Views]
+
+
+class Report(NamedTuple):
+    """What the update of one step measured."""
+
+    metrics: Metrics  # merged over the minibatches of the step
+    last: Metrics  # of the last minibatch
+    updates: int  # optimizer steps taken
+    per_update: tuple[Metrics, ...] = ()
+
+
+class Selection(NamedTuple):
+    rows: Rollouts
+    credit: Credit
+    memory: Memory
+
+
+def no_state() -> State:
+    return ()
+
+
+def token_mean(state: State, rows: Rollouts, credit: Credit) -> Credit:
+    """Default `weigh`: every trained token of the minibatch counts the same (DAPO's token-mean)."""
+    return weigh_by(credit, weights.token_mean(rows.trained))
+
+
+def weigh_by(credit: Credit, weight: Float[Array, "B T"], reg_weight: Float[Array, "B T"] | None = None) -> Credit:
+    """Credit with its aggregation weights set; regularizers use `weight` too unless given their own."""
+    return Credit(credit.advantage, weight, weight if reg_weight is None else reg_weight, credit.score, credit.extras)
+
+
+def keep(state: State, metrics: Metrics) -> State:
+    """Default `tune`."""
+    return state
+
+
+def keep_state(
+    state: State, memory: Memory, rows: Rollouts, credit: Credit, report: Report, views: ViewsFn
+) -> tuple[State, Memory]:
+    """Default `observe`."""
+    return state, memory
+
+
+class Algorithm(NamedTuple):
+    """A method. `plan`, `select`, `observe` and `update` run on the host; the others are jitted and pure.
+
+    init()                                            -> State, arrays of explicit dtype
+    plan(state)                                       -> Plan
+    credit(state, rows, key)                          -> Credit, on the whole batch, before anything is dropped
+    select(state, memory, rows, credit, key)          -> Selection of a fixed size (padded with masked rows); None: keep all
+    weigh(state, rows, credit)                        -> Credit with weights, once per minibatch
+    loss(state, views, rows, credit)                  -> (scalar, Metrics)
+    tune(state, metrics)                              -> State, after every optimizer step (dual variable, adaptive KL)
+    observe(state, memory, rows, credit, report, views) -> (State, Memory), after the step; `views` scores the new policy
+    update(learner, state, rows, credit, key)         -> (State, Report); own inner loop over learner.views/learner.step
+    """
+
+    name: str
+    config: Any
+    init: Callable[[], State]
+    plan: Callable[[State], Plan]
+    credit: Callable[[State, Rollouts, Key], Credit]
+    loss: Callable[[State, Views, Rollouts, Credit], tuple[Float[Array, ""], Metrics]]
+    needs: Needs = Needs()
+    weigh: Callable[[State, Rollouts, Credit], Credit] = token_mean
+    couples: Literal["row", "block", "minibatch"] = "minibatch"
+    tune: Callable[[State, Metrics], State] = keep
+    observe: Callable[..., tuple[State, Memory]] = keep_state
+    select: Callable[..., Selection] | None = None
+    update: Callable[..., tuple[State, Report]] | None = None
+
+
+def value_and_grad(
+    alg: Algorithm, state: State, rows: Rollouts, views: Views, key: Key | None = None, credit: Credit | None = None
+) -> tuple[Float[Array, ""], Views]:
+    """The functional reference: loss and its gradient with respect to the views, on plain arrays (float64 too).
+
+    Args:
+      rows: rollouts with rewards, `old_logp`, and in `extras` the rescored views the method needs.
+      views: the current policy's views (`alg.needs.loss`).
+      credit: given advantages instead of `alg.credit`'s; unweighted credit is weighed.
+    Returns: the scalar loss and a `Views` of gradients, exactly 0 at untrained positions.
+    """
+    if credit is None:
+        credit = alg.credit(state, rows, jax.random.key(0) if key is None else key)
+    credit = jax.lax.stop_gradient(credit)
+    if credit.weight is None:
+        credit = alg.weigh(state, rows, credit)
+    (value, _), grads = jax.value_and_grad(lambda v: alg.loss(state, v, rows, credit), has_aux=True)(views)
+    return value, grads

@@ -1,0 +1,148 @@
+"""The arrays that flow through one training step. Everything here is a pytree of fixed structure for a run.
+
+Per-token arrays are in completion coordinates: `logp[b, 0]` is the first completion token given its prompt. Padding may
+hold any value, NaN included, and never matters: every consumer selects with `where(mask, ...)`, never by multiplying.
+
+Letters in shapes: P contexts, L context length, B rows, T completion length, R reward parts.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+# Where a row came from (`Rollouts.source`).
+CURRENT, REFERENCE, GIVEN, REPLAY = 0, 1, 2, 3
+
+Params = Any  # nested dict of arrays
+State = Any  # a pytree of arrays, checkpointed
+Memory = dict[str, Any]  # host state (numpy arrays in nested dicts), checkpointed
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rollouts:
+    """Sampled rows with rewards. A row is a completion, an agent's turn, or a segment.
+
+    `prompt` is the *sharing* key (rows with one prompt may be executed together); `group` is the *statistics* key
+    (rows whose rewards are compared; ragged, ids global over hosts). The two differ on purpose: the same prompt drawn
+    twice in a batch makes two groups.
+    """
+
+    prompt_tokens: Int[Array, "P L"]  # right-padded
+    prompt_length: Int[Array, "P"]
+    prompt: Int[Array, "B"]  # index into the contexts
+    group: Int[Array, "B"]
+    row_id: Int[Array, "B"]
+    tokens: Int[Array, "B T"]  # right-padded
+    length: Int[Array, "B"]  # tokens of the completion, tool output included
+    mask: Bool[Array, "B T"]  # what trains; may have holes (tool output)
+    stat: Bool[Array, "B"]  # counts in statistics (False: padding rows, replayed rows)
+    scored: Bool[Array, "B"]  # the reward could be computed; False leaves statistics and loss
+    reward: Float[Array, "B R"]  # weighted parts; their sum is `score`
+    truncated: Bool[Array, "B"]
+    version: Int[Array, "B T"]  # optimizer step of the policy that sampled the token
+    sampler_logp: Float[Array, "B T"]  # under the distribution sampled from (temperature and truncation included)
+    old_logp: Float[Array, "B T"]  # learner's logp when the row was collected; set once, replay never recomputes it
+    source: Int[Array, "B"]  # CURRENT, REFERENCE, GIVEN or REPLAY
+    block: Int[Array, "B"]  # rows that one loss term couples (a pair); = row index when rows are independent
+    extras: dict[str, Array] = field(default_factory=dict)
+    # extras holds rescored views named "<policy>_<view>" ("ref_logp", "old_entropy", "old_values", "old_tempered_logp")
+    # and row data a method asked for in `Needs.row_extras` ("prompt_id", "traj", "step_index", "anchor_id", ...).
+
+    @property
+    def score(self) -> Float[Array, "B"]:
+        """Total reward of each row; unscored rows may hold anything."""
+        return self.reward.sum(-1)
+
+    @property
+    def counted(self) -> Bool[Array, "B"]:
+        """Rows that enter statistics: in the batch for statistics, and scored."""
+        return self.stat & self.scored
+
+    @property
+    def trained(self) -> Bool[Array, "B T"]:
+        """Tokens that enter the loss: masked in, and the row was scored."""
+        return self.mask & self.scored[:, None]
+
+    def with_(self, extras: dict[str, Array] | None = None, **fields: Any) -> "Rollouts":
+        """A copy with fields replaced and extras added."""
+        return replace(self, extras={**self.extras, **(extras or {})}, **fields)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Views:
+    """What a policy says about rows: the only thing gradients flow through. Absent views are None."""
+
+    logp: Float[Array, "B T"] | None = None  # log softmax(logits / rollout temperature)[token]
+    entropy: Float[Array, "B T"] | None = None  # of the same distribution, nats
+    logsumexp: Float[Array, "B T"] | None = None  # of logits / rollout temperature
+    tempered_logp: Float[Array, "B T"] | None = None  # at `Plan.score_temperature` instead
+    values: Float[Array, "B T"] | None = None  # critic's value before each completion token
+    extras: dict[str, Array] = field(default_factory=dict)  # views of plug-in scorers (ELBO terms, inner layers, ...)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Credit:
+    """What `credit` decides on the whole batch and `weigh` completes for one minibatch. Constant in the loss.
+
+    weight: aggregation weight of the policy term, denominators of the whole minibatch included, so a loss is
+      `sum(where(weight != 0, weight * token_loss, 0))` and splitting a minibatch into microbatches is exact. The learner
+      multiplies importance weights for sampler/learner mismatch into it.
+    reg_weight: the same for regularizers (KL, entropy, ratio variance), without importance weights.
+    """
+
+    advantage: Float[Array, "B T"]
+    weight: Float[Array, "B T"] | None = None
+    reg_weight: Float[Array, "B T"] | None = None
+    score: Float[Array, "B"] | None = None  # selection score
+    extras: dict[str, Array] = field(default_factory=dict)
+
+
+class Mean(NamedTuple):
+    """A metric that adds over microbatches, devices and hosts: report sum / count."""
+
+    sum: jax.Array
+    count: jax.Array
+
+
+class Max(NamedTuple):
+    value: jax.Array
+
+
+class Min(NamedTuple):
+    value: jax.Array
+
+
+Metric = Mean | Max | Min
+Metrics = dict[str, Metric]
+
+
+def mean_of(x: Array, where: Array | None = None) -> Mean:
+    """Mean metric of `x` over `where` (everything when None); masked entries may be NaN."""
+    if where is None:
+        return Mean(jnp.sum(x), jnp.asarray(x.size, x.dtype))
+    where = jnp.broadcast_to(where, x.shape)
+    return Mean(jnp.sum(jnp.where(where, x, 0)), jnp.sum(where).astype(x.dtype))
+
+
+def merge_metrics(a: Metrics, b: Metrics) -> Metrics:
+    """Add two sets of metrics with the same keys."""
+
+    def one(x: Metric, y: Metric) -> Metric:
+        if isinstance(x, Mean):
+            return Mean(x.sum + y.sum, x.count + y.count)  # type: ignore[union-attr]
+        return Max(jnp.maximum(x.value, y.value)) if isinstance(x, Max) else Min(jnp.minimum(x.value, y.value))  # type: ignore[union-attr]
+
+    return {k: one(a[k], b[k]) if k in a and k in b else (a.get(k) or b[k]) for k in {**a, **b}}  # type: ignore[return-value]
+
+
+def metric_value(m: Metric) -> float:
+    """The number to report on the host; an empty mean is 0."""
+    if isinstance(m, Mean):
+        return float(m.sum) / float(m.count) if float(m.count) else 0.0
+    return float(m.value)
