@@ -159,6 +159,9 @@ class Learner(Section):
     epochs: int = described(1, "passes over a batch", ge=1)
     minibatches: int = described(1, "optimizer steps per pass", ge=1)
     microbatch_rows: int = described(0, "rows per forward/backward; 0: the whole minibatch", ge=0)
+    old_logp: Literal["rescore", "sampler"] = described(
+        "rescore", "old_logp from an extra forward of the learner, or the sampler's own (saves it; same numbers in float32)"
+    )
     route: Literal["auto", "joint", "fused"] = described(
         "auto", "joint is exact for every loss; fused only for row or block coupling"
     )

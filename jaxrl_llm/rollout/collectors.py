@@ -1,0 +1,73 @@
+"""Collectors: host coroutines that say what to sample and which rows come of it.
+
+A collector is a generator `collector(plan, prompts)`. It yields `Request` and is sent `list[list[Completion]]`, yields
+`Score(rows)` (rewarded in place), yields `Draw(n)` and is sent more prompts, and returns the step's rows. Trees, drafts,
+refills and tool calls are ordinary Python here, and are tested with a scripted engine.
+"""
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxrl_llm.algorithms.base import Collector, Plan
+from jaxrl_llm.rollout.rows import STOP_LENGTH, Completion, Draw, Request, Row, Score
+from jaxrl_llm.tasks.base import Prompt
+
+Rows = Generator[Any, Any, list[Row]]
+
+
+def row_of(prompt: Prompt, completion: Completion, group: int, **fields: Any) -> Row:
+    """A row that trains every token of one completion of a prompt."""
+    return Row(
+        prompt=prompt,
+        context=prompt.tokens,
+        tokens=completion.tokens,
+        mask=np.ones(len(completion.tokens), bool),
+        sampler_logp=completion.sampler_logp,
+        policy_logp=completion.policy_logp,
+        group=group,
+        version=completion.version,
+        truncated=completion.stop == STOP_LENGTH,
+        **fields,
+    )
+
+
+def sample_groups(prompts: Sequence[Prompt], size: int, first_group: int = 0, **request: Any) -> Rows:
+    """Sample and score one group of `size` completions per prompt; groups are numbered from `first_group`."""
+    answers = yield Request([p.tokens for p in prompts], [size] * len(prompts), **request)
+    rows = [row_of(p, c, first_group + g) for g, (p, cs) in enumerate(zip(prompts, answers)) for c in cs]
+    yield Score(rows)
+    return rows
+
+
+def flat(plan: Plan, prompts: Sequence[Prompt]) -> Rows:
+    """`plan.group_size` completions of every prompt."""
+    return (yield from sample_groups(prompts, plan.group_size))
+
+
+def dynamic(max_draws: int) -> Collector:
+    """DAPO's dynamic sampling (arXiv 2503.14476): groups whose rewards all agree are replaced by fresh prompts.
+
+    A group is judged by the task's own reward, `Row.reward[0]`, before shaping parts such as the overlong penalty.
+    Raises RuntimeError when `max_draws` batches did not yield enough groups.
+    """
+
+    def collect(plan: Plan, prompts: Sequence[Prompt]) -> Rows:
+        wanted, kept, drawn = len(prompts), [], 0
+        for _ in range(max_draws):
+            rows = yield from sample_groups(prompts, plan.group_size, first_group=drawn)
+            for g in range(drawn, drawn + len(prompts)):
+                group = [r for r in rows if r.group == g]
+                if len({float(r.reward[0]) for r in group if r.scored}) > 1:
+                    kept.append(group)
+            drawn += len(prompts)
+            if len(kept) >= wanted:
+                return [r for group in kept[:wanted] for r in group]
+            prompts = yield Draw(wanted)
+        raise RuntimeError(
+            f"algorithm.max_draws={max_draws}: only {len(kept)} of {wanted} groups had rewards that differ; "
+            "raise it, or choose easier or harder prompts"
+        )
+
+    return collect
