@@ -1,0 +1,378 @@
+"""Whole-run checkpoints with orbax: a step is either whole on disk or absent.
+
+A checkpoint holds a pytree of device arrays (parameters, optimizer states, algorithm state) and the host's part (JSON
+values and nested dicts of numpy arrays). The arrays are stored by the name of their path in the tree, with shape, dtype
+and a fingerprint that does not depend on how they are sharded, so damage is noticed and another mesh can read them.
+"""
+
+import contextlib
+import io
+import json
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jaxtyping import Array, UInt32
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
+
+from jaxrl_llm.types import Memory
+
+Tree = Any
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message is one line."""
+
+
+class Checkpoints:
+    """Checkpoints of one run in `directory`, written in the background.
+
+    Args:
+      directory: where steps are kept; created when missing. Only one process (per host) may use it at a time: leftovers
+        of interrupted saves are removed here.
+      keep: how many of the latest steps to keep.
+      keep_best: keep the step with the highest `score` as well.
+    """
+
+    def __init__(self, directory: str | Path, keep: int = 2, keep_best: bool = False):
+        self.directory = Path(directory).absolute()
+        policies: list[Any] = [LatestN(keep)]
+        if keep_best:
+            policies.append(BestN(get_metric_fn=lambda m: m["score"], n=1, keep_checkpoints_without_metrics=False))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+        )
+        with self._reporting("cannot use"):
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def steps(self) -> list[int]:
+        """Steps that are whole on disk, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self,
+        step: int,
+        tree: Tree,
+        host: dict[str, Any],
+        memory: Memory,
+        score: float | None = None,
+        wait: bool = False,
+    ) -> bool:
+        """Save everything of `step`; returns as soon as the caller may change or donate what it passed.
+
+        Args:
+          tree: pytree whose leaves are jax arrays (typed random keys too).
+          host: JSON values (string keys).
+          memory: nested dict with string keys of numpy arrays and JSON values.
+          score: what `keep_best` compares.
+          wait: return only when the step is whole on disk.
+        Returns: False when that step exists already and nothing was written.
+        Raises CheckpointError when the disk refuses; earlier steps stay whole.
+        """
+        self.wait()
+        if step in self._manager.all_steps():
+            return False
+        arrays = named_leaves(tree)
+        content = encode({"leaves": _manifest(arrays), "host": host, "memory": memory})
+        stored = {name: x for name, x in arrays.items() if x.size} or {"empty": jnp.zeros(1)}
+        with self._reporting(f"could not write step {step} in"):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(arrays=ocp.args.PyTreeSave(stored), host=HostSave(content)),
+                metrics=None if score is None else {"score": float(score)},
+                force=True,
+            )
+        if wait:
+            self.wait()
+        return True
+
+    def restore_latest(self, abstract_tree: Tree) -> tuple[int, Tree, dict[str, Any], Memory] | None:
+        """The newest step that can be read, or None when there is none.
+
+        Args:
+          abstract_tree: like the saved tree, of `jax.ShapeDtypeStruct` with shardings, or of arrays. Any mesh will do.
+        A damaged step gives a warning, is moved aside, and the one before it is tried. Raises CheckpointError when
+        steps exist but none is whole, ValueError when the saved tree has other leaves than `abstract_tree`.
+        """
+        self.wait()
+        steps = self.steps()[::-1]
+        reasons = []
+        for step in steps:
+            try:
+                found = self._restore(step, abstract_tree)
+            except Mismatch:
+                raise
+            except Exception as e:  # whatever a damaged file makes orbax, tensorstore or zipfile raise
+                reasons.append(_one_line(e))
+            else:
+                for damaged, reason in zip(steps, reasons):
+                    warnings.warn(
+                        f"checkpoint {self.directory / str(damaged)} is damaged ({reason}); going on from step {step}",
+                        stacklevel=2,
+                    )
+                    self._set_aside(damaged)
+                return found
+        if reasons:
+            raise CheckpointError(f"no checkpoint in {self.directory} can be read; step {steps[0]}: {reasons[0]}")
+        return None
+
+    def wait(self) -> None:
+        """Block until the save under way is whole on disk. Raises CheckpointError when it failed."""
+        with self._reporting("could not write to"):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finish the save under way and release the threads. Raises CheckpointError when that save failed."""
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):
+                self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _restore(self, step: int, abstract_tree: Tree) -> tuple[int, Tree, dict[str, Any], Memory]:
+        content = decode(self._manager.restore(step, args=ocp.args.Composite(host=HostRestore())).host)
+        targets, treedef = jax.tree.flatten(abstract_tree)
+        named = dict(zip(_names(abstract_tree), targets))
+        manifest = content["leaves"]
+        _check_leaves(manifest, named, self.directory / str(step))
+        abstract = {name: _abstract(x) for name, x in named.items()}
+        stored = {name: x for name, x in abstract.items() if x.size} or {"empty": jax.ShapeDtypeStruct((1,), "float32")}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(stored)
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore(stored, restore_args=restore_args))
+        ).arrays
+        arrays = {
+            name: restored[name] if x.size else jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
+            for name, x in abstract.items()
+        }
+        for name, mark in _fingerprints(arrays).items():
+            if mark != manifest[name]["fingerprint"]:
+                raise CheckpointError(f"the contents of {name} changed on disk")
+        leaves = [_like(arrays[name], x) for name, x in named.items()]
+        return step, jax.tree.unflatten(treedef, leaves), content["host"], content["memory"]
+
+    def _set_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            (self.directory / str(step)).rename(self.directory / f"damaged_{step}")
+        self._manager.reload()
+
+    @contextlib.contextmanager
+    def _reporting(self, what: str):
+        try:
+            yield
+        except (TypeError, CheckpointError):
+            raise
+        except Exception as e:
+            whole = self.steps() if hasattr(self, "_manager") else []
+            last = f"the last good checkpoint is step {whole[-1]}" if whole else "there is no good checkpoint yet"
+            raise CheckpointError(f"checkpoints: {what} {self.directory}: {_one_line(e)}; {last}") from e
+
+
+class Mismatch(ValueError):
+    """The checkpoint is whole but belongs to another model, optimizer or method."""
+
+
+def named_leaves(tree: Tree) -> dict[str, Array]:
+    """Leaves of a tree by the name of their path; typed random keys as their data. Raises TypeError for other leaves."""
+    named = dict(zip(_names(tree), jax.tree.leaves(tree)))
+    for name, x in named.items():
+        if not isinstance(x, jax.Array):
+            raise TypeError(f"checkpoint leaf {name} is a {type(x).__name__}, expected a jax array")
+    return {name: jax.random.key_data(x) if _is_key(x) else x for name, x in named.items()}
+
+
+def _names(tree: Tree) -> list[str]:
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") or "tree" for path in paths]
+    if len(set(names)) != len(names):
+        raise ValueError("two leaves of the checkpointed tree have the same path name")
+    return names
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if not _is_key(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
+
+
+def _like(restored: Array, target: Any) -> Array:
+    """Restored data as a leaf like `target`: wrapped when that is a random key, free to move when that was."""
+    if getattr(target, "sharding", None) is None or not getattr(target, "committed", True):
+        restored = jnp.asarray(np.asarray(restored))
+    return jax.random.wrap_key_data(restored, dtype=target.dtype) if _is_key(target) else restored
+
+
+def _manifest(arrays: dict[str, Array]) -> dict[str, Any]:
+    marks = _fingerprints(arrays)
+    return {
+        name: {"shape": list(x.shape), "dtype": x.dtype.name, "fingerprint": marks[name]} for name, x in arrays.items()
+    }
+
+
+def _check_leaves(manifest: dict[str, Any], named: dict[str, Any], where: Path) -> None:
+    for name in [*named, *manifest]:
+        if name not in manifest or name not in named:
+            side = "has no" if name not in manifest else "has an unexpected"
+            raise Mismatch(f"checkpoint {where} {side} array {name}: it is of another model, optimizer or method")
+        saved, want = manifest[name], _abstract(named[name])
+        if (tuple(saved["shape"]), saved["dtype"]) != (want.shape, want.dtype.name):
+            raise Mismatch(
+                f"checkpoint {where}: {name} is {saved['dtype']}{saved['shape']}, "
+                f"expected {want.dtype.name}{list(want.shape)}"
+            )
+
+
+@jax.jit
+def _stacked_fingerprints(arrays: list[Array]) -> UInt32[Array, "n"]:
+    return jnp.stack([_fingerprint(x) for x in arrays])
+
+
+def _fingerprint(x: Array) -> UInt32[Array, ""]:
+    """Sum modulo 2^32 of the bits, each word times an odd number of its place: any one changed word changes the sum.
+
+    Integer sums don't depend on their order, so every sharding gives the same number.
+    """
+    if jnp.issubdtype(x.dtype, jnp.bool_):
+        bits = x.astype(jnp.uint32)
+    else:
+        width = min(x.dtype.itemsize, 4)
+        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * width}").astype(jnp.uint32)
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for axis in range(bits.ndim):
+        place = place * jnp.uint32(1000003) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+
+def _fingerprints(arrays: dict[str, Array]) -> dict[str, int]:
+    groups: dict[Any, list[str]] = {}  # one program per set of devices; offloaded arrays visit their device
+    for name, x in arrays.items():
+        groups.setdefault(frozenset(x.sharding.device_set), []).append(name)
+    marks = {}
+    for names in groups.values():
+        values = [
+            jax.device_put(x, x.sharding.with_memory_kind("device")) if _offloaded(x) else x
+            for x in (arrays[name] for name in names)
+        ]
+        marks.update(zip(names, np.asarray(_stacked_fingerprints(values)).tolist()))
+    return marks
+
+
+def _offloaded(x: Array) -> bool:
+    return x.sharding.memory_kind not in (None, "device")
+
+
+# The host's part: one .npz per process, JSON inside, no pickle. The zip format checks its own contents (CRC-32).
+
+
+def encode(tree: Any) -> bytes:
+    """Nested dicts and lists of JSON values and numpy arrays as the bytes of an .npz file.
+
+    Raises TypeError, with the path, for a value that would not come back as it is (a key that is no string, a tuple, an
+    object).
+    """
+    arrays: dict[str, np.ndarray] = {}
+
+    def one(x: Any, path: str) -> Any:
+        if isinstance(x, dict):
+            for key in x:
+                if not isinstance(key, str) or key == _ARRAY:
+                    raise TypeError(f"host state {path or '.'}: key {key!r} is no plain string")
+            return {k: one(v, f"{path}.{k}") for k, v in x.items()}
+        if isinstance(x, list):
+            return [one(v, f"{path}[{i}]") for i, v in enumerate(x)]
+        if x is None or type(x) in (bool, int, float, str):
+            return x
+        if isinstance(x, np.ndarray | np.generic) and x.dtype != object:
+            name = f"a{len(arrays)}"
+            x = np.asarray(x)
+            plain = x.dtype.kind in "biufcSU"  # numpy's own; others (bfloat16) are stored as bytes
+            arrays[name] = x if plain else np.frombuffer(x.tobytes(), np.uint8)
+            return {_ARRAY: name} if plain else {_ARRAY: name, "dtype": x.dtype.name, "shape": list(x.shape)}
+        raise TypeError(f"host state {path or '.'}: a {type(x).__name__} cannot be saved")
+
+    text = json.dumps(one(tree, ""))
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **{_JSON: np.frombuffer(text.encode(), np.uint8)}, **arrays)
+    return buffer.getvalue()
+
+
+def decode(content: bytes) -> Any:
+    """The inverse of `encode`. Raises ValueError or zipfile.BadZipFile when the bytes are damaged."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+
+        def one(x: Any) -> Any:
+            if isinstance(x, list):
+                return [one(v) for v in x]
+            if not isinstance(x, dict):
+                return x
+            if _ARRAY not in x:
+                return {k: one(v) for k, v in x.items()}
+            array = file[x[_ARRAY]]
+            if "dtype" not in x:
+                return array
+            return np.frombuffer(array.tobytes(), jnp.dtype(x["dtype"])).reshape(x["shape"]).copy()
+
+        return one(json.loads(file[_JSON].tobytes()))
+
+
+_ARRAY, _JSON = "__array__", "json"
+
+
+class HostHandler(ocp.AsyncCheckpointHandler):
+    """Writes each process's bytes to a file of its own inside orbax's atomic directory."""
+
+    async def async_save(self, directory: epath.Path, args: "HostSave") -> list[Any]:
+        async def write() -> None:
+            (directory / _host_file()).write_bytes(args.content)
+
+        return [CommitFutureAwaitingContractedSignals(write(), name="host_state")]
+
+    def save(self, directory: epath.Path, args: "HostSave") -> None:
+        (directory / _host_file()).write_bytes(args.content)
+
+    def restore(self, directory: epath.Path, args: "HostRestore | None" = None) -> bytes:
+        content = (directory / _host_file()).read_bytes()
+        if zipfile.ZipFile(io.BytesIO(content)).testzip() is not None:
+            raise ValueError("the host state is damaged")
+        return content
+
+
+def _host_file() -> str:
+    return f"process_{jax.process_index()}.npz"
+
+
+@ocp.args.register_with_handler(HostHandler, for_save=True)
+@dataclass
+class HostSave(ocp.args.CheckpointArgs):
+    content: bytes
+
+
+@ocp.args.register_with_handler(HostHandler, for_restore=True)
+@dataclass
+class HostRestore(ocp.args.CheckpointArgs):
+    pass
+
+
+def _one_line(e: BaseException) -> str:
+    text = " ".join(str(e).split()) or type(e).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
