@@ -124,6 +124,7 @@ Metrics = dict[str, Metric]
 
 def mean_of(x: Array, where: Array | None = None) -> Mean:
     """Mean metric of `x` over `where` (everything when None); masked entries may be NaN."""
+    x = jnp.asarray(x, jnp.result_type(x, jnp.float32))  # shares are means of booleans
     if where is None:
         return Mean(jnp.sum(x), jnp.asarray(x.size, x.dtype))
     where = jnp.broadcast_to(where, x.shape)

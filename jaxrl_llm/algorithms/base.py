@@ -9,10 +9,12 @@ from collections.abc import Callable, Generator
 from typing import Any, Literal, NamedTuple
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from jaxrl_llm.objectives import weights
-from jaxrl_llm.types import Credit, Memory, Metrics, Rollouts, State, Views
+from jaxrl_llm.objectives.surrogates import Clipped
+from jaxrl_llm.types import Credit, Max, Mean, Memory, Metrics, Rollouts, State, Views, mean_of
 
 Key = jax.Array
 
@@ -35,7 +37,7 @@ class Needs(NamedTuple):
 class Plan(NamedTuple):
     """What to generate. Static fields choose programs; arrays may change every step without recompiling."""
 
-    group_size: int
+    group_size: int | None = None  # completions per prompt; None: the config's
     collector: "Collector | None" = None  # None: `rollout.collectors.flat`
     hook: "SamplerHook | None" = None  # changes logits before sampling, compiled into its own engine
     temperature: Array | None = None  # [] sampling temperature; None: the config's
@@ -72,6 +74,11 @@ def no_state() -> State:
     return ()
 
 
+def flat_plan(state: State) -> Plan:
+    """The usual `plan`: independent completions of every prompt, everything as configured."""
+    return Plan()
+
+
 def token_mean(state: State, rows: Rollouts, credit: Credit) -> Credit:
     """Default `weigh`: every trained token of the minibatch counts the same (DAPO's token-mean)."""
     return weigh_by(credit, weights.token_mean(rows.trained))
@@ -80,6 +87,34 @@ def token_mean(state: State, rows: Rollouts, credit: Credit) -> Credit:
 def weigh_by(credit: Credit, weight: Float[Array, "B T"], reg_weight: Float[Array, "B T"] | None = None) -> Credit:
     """Credit with its aggregation weights set; regularizers use `weight` too unless given their own."""
     return Credit(credit.advantage, weight, weight if reg_weight is None else reg_weight, credit.score, credit.extras)
+
+
+def per_token(advantage: Float[Array, "B"], rows: Rollouts) -> Float[Array, "B T"]:
+    """The row's advantage on each of its trained tokens, 0 elsewhere."""
+    return jnp.where(rows.trained, advantage[:, None], 0)
+
+
+def weighted_mean_of(x: Float[Array, "B T"], weight: Float[Array, "B T"]) -> Mean:
+    """Mean metric of token values under aggregation weights; adds over microbatches."""
+    return Mean(weights.weighted_sum(x, weight), jnp.sum(weight))
+
+
+def ratio_metrics(ratio: Float[Array, "B #T"], mask: Bool[Array, "B T"]) -> Metrics:
+    """`ratio/mean` and `ratio/max` over the tokens of `mask`; the maximum of nothing is 0."""
+    ratio = jnp.broadcast_to(ratio, mask.shape)
+    return {"ratio/mean": mean_of(ratio, mask), "ratio/max": Max(jnp.max(jnp.where(mask, ratio, 0)))}
+
+
+def clipped_metrics(
+    surrogate: Clipped, ratio: Float[Array, "B #T"], mask: Bool[Array, "B T"], weight: Float[Array, "B T"]
+) -> Metrics:
+    """What every clipped loss reports: its mean under the weights, the shares of clipped tokens, the ratio."""
+    return {
+        "policy_loss": weighted_mean_of(surrogate.loss, weight),
+        "clip_ratio/low": mean_of(surrogate.low, mask),
+        "clip_ratio/high": mean_of(surrogate.high, mask),
+        **ratio_metrics(ratio, mask),
+    }
 
 
 def keep(state: State, metrics: Metrics) -> State:

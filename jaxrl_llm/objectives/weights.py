@@ -4,8 +4,13 @@ Splitting a minibatch into microbatches or over devices then never changes the l
 tokens counts in a mean over rows is the explicit `count_empty` (specs differ, peers too).
 """
 
+from typing import Literal, get_args
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+AGGREGATIONS = get_args(Aggregation)
 
 
 def weighted_sum(x: Float[Array, "B T"], weight: Float[Array, "B T"]) -> Float[Array, ""]:
@@ -48,3 +53,22 @@ def seq_mean_token_sum(
 ) -> Float[Array, "B T"]:
     """Mean over rows of the sum over a row's trained tokens, over a constant. Dr.GRPO with divisor = T_max, 2503.20783."""
     return _float(mask) / divisor / _rows(mask, count_empty, rows)
+
+
+def aggregation(
+    name: Aggregation,
+    mask: Bool[Array, "B T"],
+    divisor: float | None = None,
+    count_empty: bool = False,
+    rows: Bool[Array, "B"] | None = None,
+) -> Float[Array, "B T"]:
+    """Weights by the name of the aggregation; `divisor` is the constant of seq-mean-token-sum-norm, T when None."""
+    if name == "token-mean":
+        return token_mean(mask)
+    if name == "seq-mean-token-mean":
+        return seq_mean_token_mean(mask, count_empty, rows)
+    if name == "seq-mean-token-sum":
+        return seq_mean_token_sum(mask, 1.0, count_empty, rows)
+    if name == "seq-mean-token-sum-norm":
+        return seq_mean_token_sum(mask, mask.shape[-1] if divisor is None else divisor, count_empty, rows)
+    raise ValueError(f"aggregation={name!r}: expected one of {', '.join(AGGREGATIONS)}")

@@ -1,0 +1,40 @@
+"""Likelihood ratios of the current policy to the one that sampled. At masked positions the inputs may be anything and the
+ratio is 1 (log ratio 0), in value and gradient."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def log_ratio(
+    logp: Float[Array, "B T"], old_logp: Float[Array, "B T"], mask: Bool[Array, "B T"], limit: float | None = None
+) -> Float[Array, "B T"]:
+    """`logp - old_logp`, 0 where masked; `limit` clamps it to [-limit, limit] (a numerical guard, not in the papers)."""
+    difference = jnp.where(mask, logp - old_logp, 0)
+    return difference if limit is None else jnp.clip(difference, -limit, limit)
+
+
+def token(
+    logp: Float[Array, "B T"], old_logp: Float[Array, "B T"], mask: Bool[Array, "B T"], limit: float | None = None
+) -> Float[Array, "B T"]:
+    """r_t = pi(token) / pi_old(token). PPO, arXiv 1707.06347."""
+    return jnp.exp(log_ratio(logp, old_logp, mask, limit))
+
+
+def sequence(logp: Float[Array, "B T"], old_logp: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B 1"]:
+    """Length-normalised s = exp(mean_t log r_t), the geometric mean of the token ratios. GSPO, arXiv 2507.18071."""
+    count = jnp.maximum(jnp.sum(mask, -1, keepdims=True), 1)
+    return jnp.exp(jnp.sum(log_ratio(logp, old_logp, mask), -1, keepdims=True) / count)
+
+
+def sequence_token(
+    logp: Float[Array, "B T"], old_logp: Float[Array, "B T"], mask: Bool[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """GSPO-token: value `sequence`, derivative s on the own token only: sg(s) * exp(logp_t - sg(logp_t))."""
+    own = jnp.exp(log_ratio(logp, jax.lax.stop_gradient(logp), mask))
+    return jax.lax.stop_gradient(sequence(logp, old_logp, mask)) * own
+
+
+def product(logp: Float[Array, "B T"], old_logp: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B 1"]:
+    """rho = prod_t r_t: the completion is one action, no length normalisation. RLOO, arXiv 2402.14740."""
+    return jnp.exp(jnp.sum(log_ratio(logp, old_logp, mask), -1, keepdims=True))
