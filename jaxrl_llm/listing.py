@@ -1,0 +1,54 @@
+"""What `jaxrl_llm list` shows: the methods from their `PAPER`, a method's fields from its `Config`."""
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Sequence
+
+from jaxrl_llm import algorithms
+from jaxrl_llm.config_load import type_name
+
+
+def methods() -> str:
+    """A table of all methods."""
+    rows = [("method", "axis", "paper", "spec from", "keeps", "extra cost")]
+    for name in algorithms.names():
+        p = algorithms.paper(name)
+        rows.append((name, p.axis, f"{p.title} ({p.arxiv})" if p.arxiv else p.title, p.confidence, p.state, p.cost))
+    return _columns(rows)
+
+
+def method(name: str) -> str:
+    """One method: its paper, module docstring and config fields. Raises ValueError for an unknown name."""
+    paper, cls = algorithms.paper(name), algorithms.config_class(name)
+    module = inspect.getmodule(cls)
+    about = inspect.cleandoc(module.__doc__ or "") if module else ""
+    head = f"{name}: {paper.title}" + (f", arXiv {paper.arxiv}" if paper.arxiv else "")
+    facts = f"axis: {paper.axis}; spec from: {paper.confidence}; keeps: {paper.state}; extra cost: {paper.cost}"
+    return "\n".join([head, facts, "", about, "", "algorithm:", f"  name: {name}", *_fields(cls)])
+
+
+def _fields(cls: type) -> list[str]:
+    hints = typing.get_type_hints(cls)
+    comments = _comments(cls)
+    lines = []
+    for f in dataclasses.fields(cls):
+        default = "required" if f.default is dataclasses.MISSING else repr(f.default)
+        meaning = f"  # {comments[f.name]}" if f.name in comments else ""
+        lines.append(f"  {f.name}: {default}  ({type_name(hints[f.name])}){meaning}")
+    return lines
+
+
+def _comments(cls: type) -> dict[str, str]:
+    """The comment behind each field in the class's source."""
+    found = {}
+    for line in inspect.getsource(cls).splitlines():
+        name, colon, rest = line.strip().partition(":")
+        if colon and name.isidentifier() and "  # " in rest:
+            found[name] = rest.partition("  # ")[2]
+    return found
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
