@@ -37,7 +37,7 @@ class Needs(NamedTuple):
 class Plan(NamedTuple):
     """What to generate. Static fields choose programs; arrays may change every step without recompiling."""
 
-    group_size: int | None = None  # completions per prompt; None: the config's
+    group_size: int = 0  # completions per prompt; 0: the config's
     collector: "Collector | None" = None  # None: `rollout.collectors.flat`
     hook: "SamplerHook | None" = None  # changes logits before sampling, compiled into its own engine
     temperature: Array | None = None  # [] sampling temperature; None: the config's
