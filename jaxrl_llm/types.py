@@ -6,7 +6,7 @@ hold any value, NaN included, and never matters: every consumer selects with `wh
 Letters in shapes: P contexts, L context length, B rows, T completion length, R reward parts.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -72,16 +72,19 @@ class Rollouts:
         return replace(self, extras={**self.extras, **(extras or {})}, **fields)
 
 
+_ABSENT: Any = None  # a method gets every view and weight it asked for, so the fields are typed as present
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Views:
     """What a policy says about rows: the only thing gradients flow through. Absent views are None."""
 
-    logp: Float[Array, "B T"] | None = None  # log softmax(logits / rollout temperature)[token]
-    entropy: Float[Array, "B T"] | None = None  # of the same distribution, nats
-    logsumexp: Float[Array, "B T"] | None = None  # of logits / rollout temperature
-    tempered_logp: Float[Array, "B T"] | None = None  # at `Plan.score_temperature` instead
-    values: Float[Array, "B T"] | None = None  # critic's value before each completion token
+    logp: Float[Array, "B T"] = _ABSENT  # log softmax(logits / rollout temperature)[token]
+    entropy: Float[Array, "B T"] = _ABSENT  # of the same distribution, nats
+    logsumexp: Float[Array, "B T"] = _ABSENT  # of logits / rollout temperature
+    tempered_logp: Float[Array, "B T"] = _ABSENT  # at `Plan.score_temperature` instead
+    values: Float[Array, "B T"] = _ABSENT  # critic's value before each completion token
     extras: dict[str, Array] = field(default_factory=dict)  # views of plug-in scorers (ELBO terms, inner layers, ...)
 
 
@@ -97,10 +100,32 @@ class Credit:
     """
 
     advantage: Float[Array, "B T"]
-    weight: Float[Array, "B T"] | None = None
-    reg_weight: Float[Array, "B T"] | None = None
-    score: Float[Array, "B"] | None = None  # selection score
+    weight: Float[Array, "B T"] = _ABSENT
+    reg_weight: Float[Array, "B T"] = _ABSENT
+    score: Float[Array, "B"] = _ABSENT  # selection score
     extras: dict[str, Array] = field(default_factory=dict)
+
+
+def take_rows(rows: Rollouts, credit: Credit, index: Int[Array, "n"]) -> tuple[Rollouts, Credit]:
+    """Rows and their unweighted credit by index, in that order and repeatable; -1 makes a padding row.
+
+    A padding row trains nothing and is in no statistic; every taken row is a block of its own. Contexts are kept whole.
+    """
+    keep, at = index >= 0, jnp.maximum(index, 0)
+    own = jnp.arange(len(index), dtype=jnp.int32)
+    names = [f.name for f in fields(Rollouts) if f.name not in ("prompt_tokens", "prompt_length", "extras")]
+    taken = replace(rows, **jax.tree.map(lambda x: jnp.asarray(x)[at], {n: getattr(rows, n) for n in names}))
+    taken = taken.with_(
+        extras={name: jnp.asarray(x)[at] for name, x in rows.extras.items()},
+        group=jnp.where(keep, taken.group, -1 - own),
+        length=jnp.where(keep, taken.length, 0),
+        mask=taken.mask & keep[:, None],
+        stat=taken.stat & keep,
+        scored=taken.scored & keep,
+        block=own,
+    )
+    credit = jax.tree.map(lambda x: jnp.asarray(x)[at], credit)
+    return taken, replace(credit, advantage=jnp.where(keep[:, None], credit.advantage, 0))
 
 
 class Mean(NamedTuple):
