@@ -1,0 +1,209 @@
+"""One pre-norm decoder with grouped attention, gated MLP and rotary positions; `ModelSpec` says which family it is.
+
+`Decoder` (Flax NNX) defines the parameters and their logical axes. Everything that computes is a function of the plain
+nested dict of arrays that `init` returns, decoder layers stacked on a leading axis.
+
+Letters: B batch, S positions, D embed, H heads, K key/value heads, hd head width, F mlp, V vocabulary, N layers.
+"""
+
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.models.attention import Attend, LayerInfo, accumulator
+from jaxrl_llm.models.spec import SILU, ModelSpec
+from jaxrl_llm.sharding.rules import constrain
+from jaxrl_llm.types import Params
+
+Remat = Literal["none", "dots", "full"]
+
+ACTIVATIONS = {SILU: jax.nn.silu}
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Layers(nnx.Module):
+    """Parameters of all layers, stacked."""
+
+    def __init__(self, spec: ModelSpec, rngs: nnx.Rngs, dtype: Any):
+        n, d, h, k, hd, f = spec.layers, spec.embed, spec.heads, spec.kv_heads, spec.head_dim, spec.mlp
+        normal = partial(_normal, rngs, dtype)
+        out = 1 / (2 * n) ** 0.5  # the residual stream keeps its size at any depth
+        self.attn_norm = _constant(1, dtype, (n, d), ("layers", None))
+        self.q = normal((n, d, h, hd), ("layers", "embed", "heads", None), d**-0.5)
+        self.k = normal((n, d, k, hd), ("layers", "embed", "kv_heads", None), d**-0.5)
+        self.v = normal((n, d, k, hd), ("layers", "embed", "kv_heads", None), d**-0.5)
+        self.o = normal((n, h, hd, d), ("layers", "heads", None, "embed"), out * (h * hd) ** -0.5)
+        if spec.qkv_bias:
+            self.q_bias = _constant(0, dtype, (n, h, hd), ("layers", "heads", None))
+            self.k_bias = _constant(0, dtype, (n, k, hd), ("layers", "kv_heads", None))
+            self.v_bias = _constant(0, dtype, (n, k, hd), ("layers", "kv_heads", None))
+        if spec.o_bias:
+            self.o_bias = _constant(0, dtype, (n, d), ("layers", None))
+        if spec.qk_norm:
+            self.q_norm = _constant(1, dtype, (n, hd), ("layers", None))
+            self.k_norm = _constant(1, dtype, (n, hd), ("layers", None))
+        self.mlp_norm = _constant(1, dtype, (n, d), ("layers", None))
+        self.gate = normal((n, d, f), ("layers", "embed", "mlp"), d**-0.5)
+        self.up = normal((n, d, f), ("layers", "embed", "mlp"), d**-0.5)
+        self.down = normal((n, f, d), ("layers", "mlp", "embed"), out * f**-0.5)
+
+
+class Decoder(nnx.Module):
+    """Parameters of a decoder: `embed` [V,D], `layers`, `norm` [D], and `unembed` [D,V] unless tied."""
+
+    def __init__(self, spec: ModelSpec, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        self.embed = _normal(rngs, dtype, (spec.vocab, spec.embed), ("vocab", "embed"), 0.02)
+        self.layers = Layers(spec, rngs, dtype)
+        self.norm = _constant(1, dtype, (spec.embed,), (None,))
+        if not spec.tied:
+            self.unembed = _normal(rngs, dtype, (spec.embed, spec.vocab), ("embed", "vocab"), 0.02)
+
+
+def _normal(rngs: nnx.Rngs, dtype: Any, shape: tuple[int, ...], axes: tuple, std: float) -> nnx.Param:
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), logical_axes=axes)
+
+
+def _constant(value: float, dtype: Any, shape: tuple[int, ...], axes: tuple) -> nnx.Param:
+    return nnx.Param(jnp.full(shape, value, dtype), logical_axes=axes)
+
+
+def init(spec: ModelSpec, key: Array, dtype: Any = jnp.float32) -> Params:
+    """Random parameters. To create them sharded: `jax.jit(partial(init, spec), out_shardings=...)(key)`."""
+    return nnx.to_pure_dict(nnx.state(Decoder(spec, nnx.Rngs(key), dtype)))
+
+
+def abstract(spec: ModelSpec, dtype: Any = jnp.float32) -> Params:
+    """The tree of `init` as ShapeDtypeStructs."""
+    return jax.eval_shape(partial(init, spec, dtype=dtype), jax.random.key(0))
+
+
+def logical_axes(spec: ModelSpec) -> Params:
+    """The tree of `init` with a tuple of logical axis names (or None) for every dimension."""
+    state = nnx.state(nnx.eval_shape(lambda: Decoder(spec, nnx.Rngs(0))))
+    axes = jax.tree.map(lambda v: v.get_metadata("logical_axes"), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    return nnx.to_pure_dict(axes)
+
+
+def layer_infos(spec: ModelSpec) -> list[LayerInfo]:
+    """Static per-layer data, for layers run one by one."""
+    return [LayerInfo(w, spec.scale) for w in spec.windows]
+
+
+def unstack(spec: ModelSpec, params: Params) -> list[Params]:
+    """Parameters layer by layer, for layers run one by one."""
+    return [jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(spec.layers)]
+
+
+def embed(spec: ModelSpec, params: Params, tokens: Int[Array, "B S"], dtype: Any) -> Float[Array, "B S D"]:
+    """Token embeddings in the compute dtype."""
+    return constrain(params["embed"].astype(dtype)[tokens], "batch", "seq", None)
+
+
+def unembed(spec: ModelSpec, params: Params) -> Float[Array, "D V"]:
+    """The output matrix; the embedding's transpose when tied."""
+    return params["embed"].T if spec.tied else params["unembed"]
+
+
+def final_norm(spec: ModelSpec, params: Params, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    return rms_norm(x, params["norm"], spec.norm_eps)
+
+
+def rms_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
+    """x / rms(x) in float32, cast back, times `weight` (Zhang & Sennrich 2019)."""
+    y = x.astype(accumulator(x.dtype))
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype) * weight.astype(x.dtype)
+
+
+def inv_freq(spec: ModelSpec) -> np.ndarray:
+    """Rotary frequencies [hd/2], radians per position; Llama 3.1's scaling applied where the spec has it."""
+    f = spec.rope_theta ** -(np.arange(0, spec.head_dim, 2, dtype=np.float64) / spec.head_dim)
+    if (s := spec.rope_scaling) is None:
+        return f
+    turns = s.original_positions * f / (2 * np.pi)  # rotations within the original context
+    smooth = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    smooth = np.clip(smooth, 0, 1)  # 0: a long wavelength, slowed by the factor; 1: kept
+    return (1 - smooth) * f / s.factor + smooth * f
+
+
+def rope(
+    spec: ModelSpec, positions: Int[Array, "B S"], dtype: Any
+) -> tuple[Float[Array, "B S hd/2"], Float[Array, "B S hd/2"]]:
+    """cos and sin of the rotary angles; computed in float32 (float64 for a float64 `dtype`), cast to `dtype`."""
+    acc = accumulator(dtype)
+    angles = positions[..., None].astype(acc) * jnp.asarray(inv_freq(spec), acc)
+    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+
+
+def rotate(x: Float[Array, "B S H hd"], cos: Float[Array, "B S hd/2"], sin: Float[Array, "B S hd/2"]) -> Array:
+    """Rotary positions, half-split pairs (Su et al. 2021; the layout of Hugging Face checkpoints)."""
+    a, b = jnp.split(x, 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def block(
+    spec: ModelSpec,
+    layer_params: Params,
+    layer_info: LayerInfo,
+    x: Float[Array, "B S D"],
+    cos: Float[Array, "B S hd/2"],
+    sin: Float[Array, "B S hd/2"],
+    attend: Attend,
+) -> tuple[Float[Array, "B S D"], Any]:
+    """One layer in the dtype of `x`. Returns the residual stream and what `attend` kept."""
+    p = jax.tree.map(lambda w: w.astype(x.dtype), layer_params)
+    h = rms_norm(x, p["attn_norm"], spec.norm_eps)
+    q, k, v = (jnp.einsum("bsd,dnh->bsnh", h, p[name]) for name in ("q", "k", "v"))
+    if spec.qkv_bias:
+        q, k, v = q + p["q_bias"], k + p["k_bias"], v + p["v_bias"]
+    if spec.qk_norm:
+        q, k = rms_norm(q, p["q_norm"], spec.norm_eps), rms_norm(k, p["k_norm"], spec.norm_eps)
+    q = constrain(rotate(q, cos, sin), "batch", "seq", "heads", None)
+    k = constrain(rotate(k, cos, sin), "batch", "seq", "kv_heads", None)
+    v = constrain(v, "batch", "seq", "kv_heads", None)
+    out, y = attend(layer_info, q, k, v)
+    out = jnp.einsum("bsnh,nhd->bsd", out, p["o"])
+    x = constrain(x + (out + p["o_bias"] if spec.o_bias else out), "batch", "seq", None)
+    h = rms_norm(x, p["mlp_norm"], spec.norm_eps)
+    h = ACTIVATIONS[spec.act](h @ p["gate"]) * (h @ p["up"])
+    return constrain(x + constrain(h, "batch", "seq", "mlp") @ p["down"], "batch", "seq", None), y
+
+
+def forward(
+    spec: ModelSpec,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    positions: Int[Array, "B S"],
+    attend: Attend,
+    *,
+    dtype: Any = jnp.float32,
+    remat: Remat = "none",
+) -> tuple[Float[Array, "B S D"], Any]:
+    """Hidden states after the final norm, and what `attend` kept, stacked over layers on a leading axis.
+
+    `positions` are those of the rotary embedding; `attend` alone decides who sees whom. Layers run in a scan, so
+    compile time does not grow with depth. `remat`: what the backward pass recomputes of a layer: nothing, all but
+    matrix products, everything.
+    """
+    x = embed(spec, params, tokens, dtype)
+    cos, sin = rope(spec, positions, dtype)
+    mixed = len(set(spec.windows)) > 1  # one window for all stays static
+
+    def layer(x: Array, p_window: tuple[Params, Array | None]) -> tuple[Array, Any]:
+        p, window = p_window
+        return block(spec, p, LayerInfo(window if mixed else spec.windows[0], spec.scale), x, cos, sin, attend)  # type: ignore[arg-type]
+
+    if remat != "none":
+        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    windows = jnp.asarray(spec.windows, jnp.int32) if mixed else None
+    x, ys = jax.lax.scan(layer, x, (params["layers"], windows))
+    return final_norm(spec, params, x), ys

@@ -1,0 +1,46 @@
+"""The device mesh. All five axes always exist, most of them of size 1, so that sharding rules never change."""
+
+import logging
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from jaxrl_llm import config
+
+AXES = ("dp", "fsdp", "tp", "ep", "sp")  # slowest link first
+
+logger = logging.getLogger(__name__)
+
+
+def make_mesh(sizes: config.Mesh | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes dp, fsdp, tp, ep, sp over `devices` (all of them by default); None: one device.
+
+    A size of -1 takes the devices the others leave. Fewer devices than there are is allowed in a single process.
+
+    Raises:
+      ValueError: more than one -1, or sizes that do not fit the devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = [getattr(sizes, a) if sizes else 1 for a in AXES]
+    if bad := [a for a, n in zip(AXES, shape) if n == 0]:
+        raise ValueError(f"mesh.{bad[0]}: 0, expected -1 or at least 1")
+    free = [i for i, n in enumerate(shape) if n == -1]
+    if len(free) > 1:
+        raise ValueError(f"mesh: {' and '.join(AXES[i] for i in free)} are both -1, expected at most one")
+    fixed = math.prod(n for n in shape if n != -1)
+    if free:
+        shape[free[0]] = len(devices) // fixed
+        if fixed * shape[free[0]] != len(devices):
+            raise ValueError(
+                f"mesh.{AXES[free[0]]}: -1, but the other sizes ({fixed}) do not divide {len(devices)} devices"
+            )
+    used = math.prod(shape)
+    if used > len(devices) or (used < len(devices) and jax.process_count() > 1):
+        raise ValueError(
+            f"mesh: {' x '.join(f'{a}={n}' for a, n in zip(AXES, shape))} needs {used} devices, there are {len(devices)}"
+        )
+    if sizes and used < len(devices):
+        logger.warning("the mesh uses %d of %d devices", used, len(devices))
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:used])

@@ -1,0 +1,22 @@
+"""Shared settings of the tests: CPU, eight virtual devices, float64 on request, a compilation cache between runs."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)  # before any computation; a later change raises
+_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxrl_llm" / "tests"
+jax.config.update("jax_compilation_cache_dir", str(_cache))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture
+def x64():
+    """Double precision inside the test; create arrays inside it too."""
+    with jax.enable_x64(True):
+        yield
