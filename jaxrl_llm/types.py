@@ -100,7 +100,7 @@ class Credit:
     """
 
     advantage: Float[Array, "B T"]
-    weight: Float[Array, "B T"] = _ABSENT
+    weight: Float[Array, "B T"] = _ABSENT  # None until `weigh`
     reg_weight: Float[Array, "B T"] = _ABSENT
     score: Float[Array, "B"] = _ABSENT  # selection score
     extras: dict[str, Array] = field(default_factory=dict)

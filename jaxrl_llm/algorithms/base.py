@@ -5,7 +5,7 @@ statistics of the *old* policy belong in `credit`, of the *current* policy in `l
 they are defined on, before `select`; replayed rows bring their advantage and old_logp and stay out of fresh statistics.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -156,6 +156,24 @@ class Algorithm(NamedTuple):
     observe: Callable[..., tuple[State, Memory]] = keep_state
     select: Callable[..., Selection] | None = None
     update: Callable[..., tuple[State, Report]] | None = None
+
+
+def expect(ok: bool, field: str, value: Any, expected: str) -> None:
+    """Raise ValueError "algorithm.<field>=<value>: expected <expected>" unless `ok`; for `Config.__post_init__`."""
+    if not ok:
+        raise ValueError(f"algorithm.{field}={value!r}: expected {expected}")
+
+
+def expect_one_of(field: str, value: str, choices: Sequence[str]) -> None:
+    expect(value in choices, field, value, f"one of {', '.join(choices)}")
+
+
+def check_clip(low: float, high: float, dual_clip: float | None = None, delta: float | None = None) -> None:
+    """Raise ValueError when clip settings make no interval."""
+    expect(0 <= low <= 1, "clip_low", low, "0 to 1")
+    expect(high >= 0, "clip_high", high, "at least 0")
+    expect(dual_clip is None or dual_clip > 1, "dual_clip", dual_clip, "more than 1")
+    expect(delta is None or delta > 1 + high, "delta", delta, f"more than 1 + clip_high = {1 + high}")
 
 
 def value_and_grad(
