@@ -69,7 +69,7 @@ class Checkpoints:
         """Save everything of `step`; returns as soon as the caller may change or donate what it passed.
 
         Args:
-          tree: pytree whose leaves are jax arrays (typed random keys too).
+          tree: pytree whose leaves are jax arrays (typed random keys too) or numpy arrays (parameters kept on the host).
           host: JSON values (string keys).
           memory: nested dict with string keys of numpy arrays and JSON values.
           score: what `keep_best` compares.
@@ -98,7 +98,8 @@ class Checkpoints:
         """The newest step that can be read, or None when there is none.
 
         Args:
-          abstract_tree: like the saved tree, of `jax.ShapeDtypeStruct` with shardings, or of arrays. Any mesh will do.
+          abstract_tree: like the saved tree, of `jax.ShapeDtypeStruct` with shardings, or of arrays. Any mesh will do;
+            numpy leaves come back as numpy.
         A damaged step gives a warning, is moved aside, and the one before it is tried. Raises CheckpointError when
         steps exist but none is whole, ValueError when the saved tree has other leaves than `abstract_tree`.
         """
@@ -155,10 +156,7 @@ class Checkpoints:
         restored = self._manager.restore(
             step, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore(stored, restore_args=restore_args))
         ).arrays
-        arrays = {
-            name: restored[name] if x.size else jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
-            for name, x in abstract.items()
-        }
+        arrays = {name: restored[name] if x.size else _empty(x) for name, x in abstract.items()}
         for name, mark in _fingerprints(arrays).items():
             if mark != manifest[name]["fingerprint"]:
                 raise CheckpointError(f"the contents of {name} changed on disk")
@@ -190,8 +188,8 @@ def named_leaves(tree: Tree) -> dict[str, Array]:
     """Leaves of a tree by the name of their path; typed random keys as their data. Raises TypeError for other leaves."""
     named = dict(zip(_names(tree), jax.tree.leaves(tree)))
     for name, x in named.items():
-        if not isinstance(x, jax.Array):
-            raise TypeError(f"checkpoint leaf {name} is a {type(x).__name__}, expected a jax array")
+        if not isinstance(x, jax.Array | np.ndarray):
+            raise TypeError(f"checkpoint leaf {name} is a {type(x).__name__}, expected a jax or numpy array")
     return {name: jax.random.key_data(x) if _is_key(x) else x for name, x in named.items()}
 
 
@@ -207,7 +205,13 @@ def _is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+def _empty(x: Any) -> Array | np.ndarray:
+    return x if isinstance(x, np.ndarray) else jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
+
+
+def _abstract(x: Any) -> Any:
+    if isinstance(x, np.ndarray):
+        return x
     sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if not _is_key(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -215,8 +219,10 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
 
 
-def _like(restored: Array, target: Any) -> Array:
-    """Restored data as a leaf like `target`: wrapped when that is a random key, free to move when that was."""
+def _like(restored: Array, target: Any) -> Array | np.ndarray:
+    """Restored data as a leaf like `target`: numpy, a random key, or an array free to move, when that is."""
+    if isinstance(target, np.ndarray):
+        return np.asarray(restored)
     if getattr(target, "sharding", None) is None or not getattr(target, "committed", True):
         restored = jnp.asarray(np.asarray(restored))
     return jax.random.wrap_key_data(restored, dtype=target.dtype) if _is_key(target) else restored
@@ -242,43 +248,47 @@ def _check_leaves(manifest: dict[str, Any], named: dict[str, Any], where: Path) 
             )
 
 
-@jax.jit
-def _stacked_fingerprints(arrays: list[Array]) -> UInt32[Array, "n"]:
-    return jnp.stack([_fingerprint(x) for x in arrays])
-
-
-def _fingerprint(x: Array) -> UInt32[Array, ""]:
-    """Sum modulo 2^32 of the bits, each word times an odd number of its place: any one changed word changes the sum.
-
-    Integer sums don't depend on their order, so every sharding gives the same number.
-    """
-    if jnp.issubdtype(x.dtype, jnp.bool_):
-        bits = x.astype(jnp.uint32)
-    else:
-        width = min(x.dtype.itemsize, 4)
-        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * width}").astype(jnp.uint32)
-    place = jnp.zeros(bits.shape, jnp.uint32)
-    for axis in range(bits.ndim):
-        place = place * jnp.uint32(1000003) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
-
-
-def _fingerprints(arrays: dict[str, Array]) -> dict[str, int]:
+def _fingerprints(arrays: dict[str, Any]) -> dict[str, int]:
+    marks = {name: int(_fingerprint(x, np)) for name, x in arrays.items() if isinstance(x, np.ndarray)}
     groups: dict[Any, list[str]] = {}  # one program per set of devices; offloaded arrays visit their device
     for name, x in arrays.items():
-        groups.setdefault(frozenset(x.sharding.device_set), []).append(name)
-    marks = {}
+        if name not in marks:
+            groups.setdefault(frozenset(x.sharding.device_set), []).append(name)
     for names in groups.values():
-        values = [
-            jax.device_put(x, x.sharding.with_memory_kind("device")) if _offloaded(x) else x
-            for x in (arrays[name] for name in names)
-        ]
-        marks.update(zip(names, np.asarray(_stacked_fingerprints(values)).tolist()))
+        on_device = [_on_device(arrays[name]) for name in names]
+        marks.update(zip(names, np.asarray(_device_fingerprints(on_device)).tolist()))
     return marks
 
 
-def _offloaded(x: Array) -> bool:
-    return x.sharding.memory_kind not in (None, "device")
+@jax.jit
+def _device_fingerprints(arrays: list[Array]) -> UInt32[Array, "n"]:
+    return jnp.stack([_fingerprint(x, jnp) for x in arrays])
+
+
+def _fingerprint(x: Any, xp: Any) -> Any:
+    """Sum modulo 2^32 of the bits, each word times an odd number of its place: any one changed word changes the sum.
+
+    Integer sums don't depend on their order, so every sharding, and numpy (`xp`), gives the same number.
+    """
+    word = f"uint{8 * min(x.dtype.itemsize, 4)}"
+    if xp is np:
+        wide = x.dtype.itemsize > 4
+        bits = np.ascontiguousarray(x).reshape(x.shape + (1,) * wide).view(word).astype(np.uint32)
+    elif jnp.issubdtype(x.dtype, jnp.bool_):
+        bits = x.astype(jnp.uint32)
+    else:
+        bits = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+    place = xp.zeros(bits.shape, xp.uint32)
+    for axis, size in enumerate(bits.shape):
+        along = [1] * bits.ndim
+        along[axis] = size
+        place = place * xp.uint32(1000003) + xp.arange(size, dtype=xp.uint32).reshape(along)
+    return xp.sum(bits * (xp.uint32(2) * place + xp.uint32(1)), dtype=xp.uint32)
+
+
+def _on_device(x: Array) -> Array:
+    offloaded = x.sharding.memory_kind not in (None, "device")
+    return jax.device_put(x, x.sharding.with_memory_kind("device")) if offloaded else x
 
 
 # The host's part: one .npz per process, JSON inside, no pickle. The zip format checks its own contents (CRC-32).

@@ -50,7 +50,7 @@ def claim(directory: str | Path, config: dict[str, Any]) -> Iterator[RunDir]:
     """Hold `directory` for this process: a new run, or an existing one with the same config, to be resumed.
 
     Writes the resolved config (`config.yaml`) once, and a line of versions, devices, commit and command per start
-    (`about.jsonl`). Only process 0 of a multi-host run writes.
+    (`about.jsonl`).
 
     Args:
       config: the resolved config as plain data (`Config.model_dump(mode="json")`).

@@ -1,0 +1,84 @@
+"""metrics.jsonl, samples.jsonl and tensorboard events of one run; every step appears once, also after a resume."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from jaxrl_llm.reporting.samples import Sample, as_text
+
+
+class Writers:
+    """Appends to the files of a run.
+
+    Args:
+      directory: the run directory.
+      position: what `position()` said when the checkpoint that the run goes on from was saved; whatever was written after
+        it is cut away. None for a new run.
+    """
+
+    def __init__(self, directory: str | Path, position: Mapping[str, int] | None = None):
+        directory = Path(directory)
+        position = position or {"metrics": 0, "samples": 0, "step": -1}
+        self._metrics = _open_at(directory / "metrics.jsonl", position["metrics"])
+        self._samples = _open_at(directory / "samples.jsonl", position["samples"])
+        self._step = position["step"]
+        # tensorboard hides events at and after `purge_step` that were written before this one.
+        purge = {} if self._step < 0 else {"purge_step": self._step + 1}
+        self._board = SummaryWriter(str(directory / "tensorboard"), flush_secs=30, **purge)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl, on disk when this returns, and tensorboard scalars. Non-finite values become null."""
+        self._step = max(self._step, step)
+        line = {"step": step, **{k: _number(v) for k, v in values.items()}}
+        self._metrics.write((json.dumps(line, allow_nan=False) + "\n").encode())
+        self._metrics.flush()
+        for name, value in line.items():
+            if name != "step" and value is not None:
+                self._board.add_scalar(name, value, step)
+
+    def samples(self, step: int, samples: Sequence[Sample], tag: str = "samples") -> None:
+        """Lines of samples.jsonl and one tensorboard text."""
+        for sample in samples:
+            line = {"step": step, "tag": tag, **{k: _plain(v) for k, v in sample._asdict().items()}}
+            self._samples.write((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        self._samples.flush()
+        if samples:
+            self._board.add_text(tag, as_text(samples), step)
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Tensorboard text, for the config and notes."""
+        self._board.add_text(tag, text, step)
+
+    def position(self) -> dict[str, int]:
+        """Where the files end now; goes into the checkpoint."""
+        return {"metrics": self._metrics.tell(), "samples": self._samples.tell(), "step": self._step}
+
+    def close(self) -> None:
+        for file in (self._metrics, self._samples, self._board):
+            file.close()
+
+
+def _open_at(path: Path, position: int):
+    """The file cut at `position` bytes, open for appending. Raises ValueError when it is shorter than that."""
+    file = path.open("ab")
+    size = file.tell()
+    if size < position:
+        file.close()
+        raise ValueError(f"{path}: {size} bytes, expected at least the {position} the checkpoint knows of")
+    file.truncate(position)
+    return file
+
+
+def _number(value: Any) -> float | int | None:
+    value = value if isinstance(value, int) and not isinstance(value, bool) else float(value)
+    return value if math.isfinite(value) else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return _number(value) if isinstance(value, float) else value
