@@ -54,7 +54,7 @@ def _tokenizer(config: Config) -> None:
         raise ValueError(f"tokenizer.path={t.path!r}: tokenizer.chars is set too, expected one of them")
     if t.path is None and t.chars is None and config.model.path is None:
         raise ValueError("tokenizer.path: missing, expected a directory, or tokenizer.chars, as model.path is not set")
-    if t.chars is not None and (t.chat or t.system is not None):
+    if t.chars is not None and t.chat:
         raise ValueError("tokenizer.chat=true: a character tokenizer has no chat template, expected false")
     if t.system is not None and not t.chat:
         raise ValueError(f"tokenizer.system={t.system!r}: only the chat template uses it, expected tokenizer.chat=true")
@@ -153,13 +153,12 @@ def _mesh(config: Config) -> None:
     if len(free) > 1:
         raise ValueError(f"mesh.{free[1]}=-1: mesh.{free[0]} is -1 too, expected at most one")
     rows = config.rollout.prompts * config.rollout.group_size // config.learner.minibatches
-    rows = config.learner.microbatch_rows or rows
     shards = max(sizes["dp"], 1) * max(sizes["fsdp"], 1)
-    if rows % shards:
-        axis = "dp" if sizes["dp"] > 1 else "fsdp"
+    if shards > rows:
+        axis = max(("dp", "fsdp"), key=lambda a: sizes[a])
         raise ValueError(
-            f"mesh.{axis}={sizes[axis]}: dp × fsdp = {shards} shards do not divide the {rows} rows that run together, "
-            f"expected a divisor of {rows}"
+            f"mesh.{axis}={sizes[axis]}: dp × fsdp = {shards} shards for the {rows} rows of a minibatch, expected at "
+            f"most {rows}"
         )
 
 

@@ -64,6 +64,8 @@ def load_unchecked(path: str | Path | Sequence[str | Path], overrides: Sequence[
     data: dict[str, Any] = {"algorithm": Config.model_fields["algorithm"].default}  # fields alone keep its name
     for one in paths:
         data = _merge(data, _read(Path(one)))
+        if Path(one).is_dir():  # it may have moved since it wrote its config
+            data = _merge(data, {"run": {"dir": str(one)}})
     assignments = [_assignment(text) for text in overrides]
     tags = [f"{section}.{tag}" for section, tag in TAGS.items()]
     for key, value in sorted(assignments, key=lambda kv: kv[0] not in tags):  # tags first: they may clear a section
@@ -81,11 +83,6 @@ def validate(data: Mapping[str, Any]) -> Config:
         raise ValueError(_explain(details[0], data)) from None
     except (TypeError, RecursionError) as error:
         raise ValueError(f"config: {error}; expected plain YAML data") from None
-
-
-def dump(config: Config) -> str:
-    """The config as YAML with every field; `load` reads it back equal."""
-    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
