@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxrl_llm import config_load
+from jaxrl_llm import algorithms, config_load
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -251,4 +251,4 @@ def test_shipped_configs_are_valid(path, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("algorithms/*.yaml")), ids=lambda p: p.stem)
 def test_shipped_methods_are_valid_over_the_quickstart(path):
-    assert config_load.load([CONFIGS / "quickstart.yaml", path]).algorithm["name"] in path.stem
+    assert config_load.load([CONFIGS / "quickstart.yaml", path]).algorithm["name"] in algorithms.names()
