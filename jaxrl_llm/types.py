@@ -43,7 +43,7 @@ class Rollouts:
     scored: Bool[Array, "B"]  # the reward could be computed; False leaves statistics and loss
     reward: Float[Array, "B R"]  # weighted parts; their sum is `score`
     truncated: Bool[Array, "B"]
-    version: Int[Array, "B T"]  # optimizer step of the policy that sampled the token
+    version: Int[Array, "B T"]  # RL step of the policy that sampled the token
     sampler_logp: Float[Array, "B T"]  # under the distribution sampled from (temperature and truncation included)
     old_logp: Float[Array, "B T"]  # learner's logp when the row was collected; set once, replay never recomputes it
     source: Int[Array, "B"]  # CURRENT, REFERENCE, GIVEN or REPLAY

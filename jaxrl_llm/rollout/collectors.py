@@ -17,8 +17,8 @@ from jaxrl_llm.tasks.base import Prompt
 Rows = Generator[Any, Any, list[Row]]
 
 
-def row_of(prompt: Prompt, completion: Completion, group: int, **fields: Any) -> Row:
-    """A row that trains every token of one completion of a prompt."""
+def row_of(prompt: Prompt, completion: Completion, group: int, **extras: Any) -> Row:
+    """A row that trains every token of one completion of a prompt; `extras` and "prompt_id" are data methods may need."""
     return Row(
         prompt=prompt,
         context=prompt.tokens,
@@ -29,7 +29,7 @@ def row_of(prompt: Prompt, completion: Completion, group: int, **fields: Any) ->
         group=group,
         version=completion.version,
         truncated=completion.stop == STOP_LENGTH,
-        **fields,
+        extras={"prompt_id": prompt.id, **extras},
     )
 
 

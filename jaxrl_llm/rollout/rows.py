@@ -19,7 +19,7 @@ class Completion(NamedTuple):
     sampler_logp: np.ndarray  # float32, under the distribution sampled from
     policy_logp: np.ndarray  # float32, log softmax(logits / score temperature) over the whole vocabulary
     stop: str  # STOP_TOKEN, STOP_STRING or STOP_LENGTH
-    version: int  # optimizer step of the weights
+    version: int  # RL step of the weights
 
 
 class Request(NamedTuple):

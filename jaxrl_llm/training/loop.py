@@ -1,0 +1,292 @@
+"""The online loop: plan, collect, rescore, credit, select, update, observe; with checkpoints, metrics and evaluation.
+
+`train` reads top to bottom as a run; `step` reads as one training step. Randomness is a function of (seed, step), so a
+run killed anywhere and resumed from its last checkpoint gives the numbers of one that was not.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_llm import algorithms
+from jaxrl_llm.algorithms.base import Algorithm, Plan
+from jaxrl_llm.config import Config
+from jaxrl_llm.reporting import samples
+from jaxrl_llm.reporting.progress import Progress
+from jaxrl_llm.reporting.writers import Writers
+from jaxrl_llm.rollout import driver
+from jaxrl_llm.rollout.rows import Completion, Request, Row, pack
+from jaxrl_llm.tasks.base import Prompt
+from jaxrl_llm.training import build, metrics, parts, phases
+from jaxrl_llm.training.checkpoints import CheckpointError, Checkpoints
+from jaxrl_llm.training.learner import Learner, NoGradientError, NonFiniteError
+from jaxrl_llm.training.parts import Parts
+from jaxrl_llm.training.rundir import RunDir, claim
+from jaxrl_llm.training.signals import Stop, stopping
+from jaxrl_llm.types import Memory, Params, Rollouts, State
+
+OnRows = Callable[[int, Sequence[Row]], None]
+
+
+@dataclass
+class Position:
+    """Where a run is: everything besides the learner and the prompt order that a checkpoint keeps."""
+
+    step: int
+    state: State
+    memory: Memory
+    before: dict[str, float]  # held-out evaluation before RL
+
+
+@dataclass
+class Training:
+    """A method at work: what `step` needs besides the parts of the run."""
+
+    alg: Algorithm
+    learner: Learner
+    credit: Callable[..., Any]  # alg.credit, compiled
+    on_rows: OnRows | None = None
+
+
+def train(config: Config, on_rows: OnRows | None = None) -> int:
+    """Run or resume what `config` describes in `config.run.dir`. Returns the exit code.
+
+    Stops cleanly on Ctrl-C and SIGTERM: the step under way is finished and saved, and the code is 0. A loss that stays
+    non-finite or a disk that refuses ends the run with a message and code 1; the last checkpoint is whole.
+
+    Args:
+      on_rows: sees, and may change, the rewarded rows of every step before they are packed (control experiments).
+    """
+    with claim(config.run.dir, config.model_dump(mode="json")) as run, stopping() as stop, Progress() as progress:
+        progress.note(f"run directory {run.path}")
+        made, params = parts.make(config)
+        with made.scorer:
+            try:
+                return _run(made, params, run, stop, progress, on_rows)
+            except (NonFiniteError, NoGradientError, CheckpointError) as error:
+                print(f"jaxrl_llm: stopped: {error}", file=sys.stderr)
+                return 1
+
+
+def _run(made: Parts, params: Params, run: RunDir, stop: Stop, progress: Progress, on_rows: OnRows | None) -> int:
+    config = made.config
+    fields = {k: v for k, v in config.algorithm.items() if k != "name"}
+    alg = algorithms.make(config.algorithm["name"], **fields)
+    state = jax.tree.map(jnp.asarray, alg.init())
+    with Checkpoints(run.checkpoints, config.checkpoint.keep, config.checkpoint.keep_best) as checkpoints:
+        fresh = not checkpoints.steps()
+        if fresh and config.warmstart.steps:
+            warm = phases.warm_start(made, params, run, stop, progress)
+            if warm is None:
+                return 0
+            params = warm
+        training = Training(alg, Learner(config, made.spec, alg, made.mesh, params), jax.jit(alg.credit), on_rows)
+        if fresh:
+            writers = Writers(run.path)
+            before = _held_out(made, training, 0, "before RL", writers, progress)
+            at = Position(0, state, {}, before)
+            save(made, training, at, checkpoints, writers)
+        else:
+            at, written = restore(made, training, state, checkpoints)
+            writers = Writers(run.path, written)
+            progress.note(f"going on after step {at.step}")
+        try:
+            return _steps(made, training, at, run, writers, checkpoints, stop, progress)
+        finally:
+            writers.close()
+
+
+def _steps(
+    made: Parts,
+    training: Training,
+    at: Position,
+    run: RunDir,
+    writers: Writers,
+    checkpoints: Checkpoints,
+    stop: Stop,
+    progress: Progress,
+) -> int:
+    config = made.config
+    compilations = metrics.Compilations()
+    peak = metrics.peak_flops()
+    score = None  # latest held-out accuracy, for keep_best
+    progress.phase("train", config.run.steps, at.step)
+    while at.step < config.run.steps and not stop.requested:
+        numbers, shown = step(made, training, at, progress)
+        numbers["recompiles"] = float(compilations.take())
+        numbers["mfu"] = metrics.mfu(numbers.pop("flops"), numbers["timing/step"], jax.device_count(), peak)
+        numbers |= metrics.memory()
+        last = at.step == config.run.steps
+        if at.step % config.run.log_every == 0 or last:
+            writers.scalars(at.step, numbers)
+        if config.run.samples_every and at.step % config.run.samples_every == 0:
+            writers.samples(at.step, shown())
+        progress.step(at.step, numbers)
+        if config.eval.every and at.step % config.eval.every == 0 and not last:
+            score = _held_out(made, training, at.step, f"at step {at.step}", writers, progress).get("accuracy")
+        if config.checkpoint.every and at.step % config.checkpoint.every == 0 and not last:
+            save(made, training, at, checkpoints, writers, score)
+    compilations.close()
+    if stop.requested:
+        save(made, training, at, checkpoints, writers, wait=True)
+        progress.note(f"saved step {at.step} in {run.checkpoints}; the same command goes on from there")
+        return 0
+    after = _held_out(made, training, at.step, "after RL", writers, progress)
+    save(made, training, at, checkpoints, writers, after.get("accuracy"), wait=True)
+    if after:
+        progress.note(f"held-out accuracy {at.before['accuracy']:.3f} before RL, {after['accuracy']:.3f} after")
+    progress.note(f"metrics {run.metrics}\nsamples {run.samples}\ntensorboard --logdir {run.tensorboard}")
+    if config.checkpoint.export:
+        build.export(run.export, made.spec, training.learner.train.params["policy"], made.words)
+        progress.note(f"model {run.export}")
+    return 0
+
+
+def step(
+    made: Parts, training: Training, at: Position, progress: Progress
+) -> tuple[dict[str, float], Callable[[], list[samples.Sample]]]:
+    """One training step; moves `at` on by one. Returns its metrics and a function that makes its samples."""
+    config, alg, learner, timer = made.config, training.alg, training.learner, made.timer
+    key = jax.random.fold_in(jax.random.key(config.run.seed), at.step)
+    plan = alg.plan(at.state)
+    plan = plan._replace(group_size=plan.group_size or config.rollout.group_size)
+
+    progress.activity("collect")
+    with timer.phase("collect"):
+        rows = collect(made, learner.train.params["policy"], plan, at.step)
+        if training.on_rows:
+            training.on_rows(at.step, rows)
+        sampled = batch_of(made, alg, plan, rows)
+    with timer.phase("rescore"):
+        batch = rescore(learner, alg, plan, sampled, config.learner.old_logp == "rescore")
+    credit = training.credit(at.state, batch, key)
+    trained, memory = (batch, credit), at.memory
+    if alg.select:
+        *trained, memory = alg.select(at.state, memory, batch, credit, key)
+
+    progress.activity("update")
+    with timer.phase("update"):
+        state, report = learner.update(at.state, *trained, key)
+    state, memory = alg.observe(state, memory, *trained, report, learner.views)
+    at.step, at.state, at.memory = at.step + 1, state, memory
+    if config.reference.sync_every and at.step % config.reference.sync_every == 0:
+        learner.sync_reference()
+
+    advantage = np.asarray(credit.advantage)
+    numbers = metrics.of_rows(rows, made.task.rewards, made.task.correct_at) | metrics.values(report.metrics)
+    numbers |= metrics.of_batch(batch, advantage, rescored=config.learner.old_logp == "rescore")
+    numbers |= {f"unscored/{cause}": float(n) for cause, n in made.scorer.take_counts().items()}
+    numbers |= {"updates": float(report.updates), "dropped_prompts": float(made.dropped)}
+    numbers |= timer.take()
+    numbers |= metrics.throughput(rows, numbers)
+    lengths = [len(r.context) + len(r.tokens) for r in rows]
+    numbers["flops"] = metrics.training_flops(made.spec, learner.parameters, lengths) * config.learner.epochs
+    return numbers, lambda: samples.from_rows(rows, advantage, _shown(made), plan.group_size)  # type: ignore[arg-type]
+
+
+def collect(made: Parts, params: Params, plan: Plan, step: int) -> list[Row]:
+    """Rows of a step: prompts drawn, completions sampled, rewards given."""
+    config, timer = made.config, made.timer
+    sampled = 0
+
+    def sample(ask: Request) -> list[list[Completion]]:
+        nonlocal sampled
+        first, sampled = sampled, sampled + sum(ask.n)
+        temperature = plan.temperature if ask.temperature is None else ask.temperature
+        with timer.phase("generate"):
+            return made.engine(params, step, plan.hook).generate(
+                ask.contexts,
+                ask.n,
+                seed=config.run.seed,
+                step=step,
+                first_item=first,
+                temperature=None if temperature is None else float(temperature),
+                max_new=ask.max_new,
+                hook_state=plan.hook_state,
+            )
+
+    def score(rows: Sequence[Row]) -> None:
+        with timer.phase("score"):
+            made.reward(rows)
+
+    def draw(n: int) -> list[Prompt]:
+        if plan.prompt_weights is None:
+            return made.prompts.draw(n)
+        return made.prompts.draw_weighted(n, np.asarray(plan.prompt_weights))
+
+    return driver.collect(plan, draw(config.rollout.prompts), sample=sample, score=score, draw=draw)
+
+
+def batch_of(made: Parts, alg: Algorithm, plan: Plan, rows: Sequence[Row]) -> Rollouts:
+    """The rows as arrays of the shapes every step has."""
+    rollout = made.config.rollout
+    prompts, group_size = rollout.prompts, plan.group_size or rollout.group_size
+    contexts, size = plan.capacity(prompts) if plan.capacity else (prompts, prompts * group_size)
+    return pack(
+        rows,
+        contexts=contexts,
+        prompt_len=rollout.max_prompt,
+        size=size,
+        length=rollout.max_new,
+        parts=len(made.task.rewards),
+        extras=alg.needs.row_extras,
+    )
+
+
+def rescore(learner: Learner, alg: Algorithm, plan: Plan, batch: Rollouts, old_logp: bool) -> Rollouts:
+    """Add what `credit` and `loss` need of frozen policies: old_logp, and each "<policy>_<view>" the method asked for."""
+    asked: dict[str, list[str]] = {"old": ["logp"] if old_logp else []}
+    for name in alg.needs.rescore:
+        policy, view = name.split("_", 1)
+        asked.setdefault(policy, []).append(view)
+    seen = {}
+    for policy, names in asked.items():
+        if names:
+            of = "policy" if policy == "old" else policy
+            views = learner.views(batch, tuple(names), of, plan.score_temperature)
+            seen |= {f"{policy}_{name}": getattr(views, name) for name in names}
+    if old_logp:
+        batch = batch.with_(old_logp=seen.pop("old_logp"))
+    return batch.with_(extras=seen)
+
+
+def save(
+    made: Parts,
+    training: Training,
+    at: Position,
+    checkpoints: Checkpoints,
+    writers: Writers,
+    score: float | None = None,
+    wait: bool = False,
+) -> None:
+    """Checkpoint everything a resumed run needs."""
+    tree = {"train": training.learner.train, "state": jax.tree.map(jnp.asarray, at.state)}
+    host = {"prompts": made.prompts.state(), "written": writers.position(), "before": at.before}
+    checkpoints.save(at.step, tree, host, at.memory, score=score, wait=wait)
+
+
+def restore(made: Parts, training: Training, state: State, checkpoints: Checkpoints) -> tuple[Position, dict[str, int]]:
+    """The newest checkpoint: learner and prompt order as they were; also how much of the metrics it had written."""
+    found = checkpoints.restore_latest({"train": training.learner.train, "state": state})
+    assert found is not None  # the caller saw a step
+    step, tree, host, memory = found
+    training.learner.train = tree["train"]
+    made.prompts.restore(host["prompts"])
+    return Position(step, tree["state"], memory, host["before"]), host["written"]
+
+
+def _held_out(
+    made: Parts, training: Training, step: int, when: str, writers: Writers, progress: Progress
+) -> dict[str, float]:
+    if not made.held_out:
+        return {}
+    return phases.report_held_out(made, training.learner.train.params["policy"], step, when, writers, progress)
+
+
+def _shown(made: Parts) -> Callable[[Sequence[int]], str]:
+    return lambda tokens: made.words.decode(tokens, special=True)

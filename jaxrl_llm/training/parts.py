@@ -1,0 +1,72 @@
+"""What the phases of a run work with (warm start, evaluation, RL steps), built once from the config."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxrl_llm.config import Config
+from jaxrl_llm.models.spec import ModelSpec
+from jaxrl_llm.rollout import driver
+from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.rows import Row
+from jaxrl_llm.tasks import load as load_task
+from jaxrl_llm.tasks.base import Prompt, Task
+from jaxrl_llm.tasks.data import Stream, tokenize
+from jaxrl_llm.tasks.text import Text
+from jaxrl_llm.tasks.workers import Scorer
+from jaxrl_llm.training import build, metrics
+from jaxrl_llm.types import Params
+
+
+@dataclass
+class Parts:
+    config: Config
+    words: Text
+    task: Task
+    spec: ModelSpec
+    mesh: Mesh
+    prompts: Stream  # training prompts in the order they are drawn
+    held_out: list[Prompt]
+    dropped: int  # training prompts over rollout.max_prompt
+    scorer: Scorer
+    timer: metrics.Timer
+    engines: dict[Any, Engine] = field(default_factory=dict)
+
+    def engine(self, params: Params, version: int, hook: Any = None) -> Engine:
+        """The engine compiled with this sampler hook, holding these weights."""
+        if hook not in self.engines:
+            self.engines[hook] = build.engine(self.config, self.spec, self.mesh, self.words, hook=hook)
+        self.engines[hook].set_weights(params, version)
+        return self.engines[hook]
+
+    def reward(self, rows: Sequence[Row]) -> None:
+        """Decode and reward rows in place."""
+        driver.reward_rows(rows, self.task.rewards, self.words.decode, self.scorer.score)
+
+
+def make(config: Config) -> tuple[Parts, Params]:
+    """All parts, and the initial parameters. The caller closes `parts.scorer`.
+
+    Raises ValueError in one line for anything the config names that is not there or does not fit.
+    """
+    words, mesh = build.text(config), build.mesh(config)
+    task = load_task(config.task, config.rewards, config.run.seed)
+    limit, overlong = config.rollout.max_prompt, config.rollout.overlong
+    prompts, dropped = tokenize(task.train, words, limit, overlong)
+    held_out = tokenize(task.eval[: config.eval.size], words, limit, overlong).prompts
+    spec, params = build.model(config, mesh, words)
+    parts = Parts(
+        config=config,
+        words=words,
+        task=task,
+        spec=spec,
+        mesh=mesh,
+        prompts=Stream(prompts, config.run.seed),
+        held_out=held_out,
+        dropped=dropped,
+        scorer=Scorer(task.rewards, config.rewards.workers, config.rewards.timeout),
+        timer=metrics.Timer(),
+    )
+    return parts, params
