@@ -10,6 +10,7 @@ import io
 import json
 import warnings
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,26 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import Array, UInt32
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
 
 from jaxrl_llm.types import Memory
 
 Tree = Any
+
+
+@dataclass
+class Retention:
+    """Which steps stay (orbax's preservation policy): the latest, and the one with the highest score."""
+
+    keep: int
+    keep_best: bool
+    scores: dict[int, float | None]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [c.step for c in checkpoints]
+        scored = {step: score for step in steps if (score := self.scores.get(step)) is not None}
+        best = {max(scored, key=lambda step: scored[step])} if scored and self.keep_best else set()
+        return [step in steps[-self.keep :] or step in best for step in steps]
 
 
 class CheckpointError(RuntimeError):
@@ -44,14 +59,12 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, keep: int = 2, keep_best: bool = False):
         self.directory = Path(directory).absolute()
-        policies: list[Any] = [LatestN(keep)]
-        if keep_best:
-            policies.append(BestN(get_metric_fn=lambda m: m["score"], n=1, keep_checkpoints_without_metrics=False))
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True
-        )
+        self._retention = Retention(keep, keep_best, {})
+        options = ocp.CheckpointManagerOptions(preservation_policy=self._retention, cleanup_tmp_directories=True)
         with self._reporting("cannot use"):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
+            for step in self.steps():
+                self._retention.scores[step] = self._score(step)
 
     def steps(self) -> list[int]:
         """Steps that are whole on disk, ascending."""
@@ -81,13 +94,14 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return False
         arrays = named_leaves(tree)
-        content = encode({"leaves": _manifest(arrays), "host": host, "memory": memory})
+        score = None if score is None else float(score)
+        content = encode({"leaves": _manifest(arrays), "host": host, "memory": memory, "score": score})
         stored = {name: x for name, x in arrays.items() if x.size} or {"empty": jnp.zeros(1)}
+        self._retention.scores[step] = score
         with self._reporting(f"could not write step {step} in"):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(arrays=ocp.args.PyTreeSave(stored), host=HostSave(content)),
-                metrics=None if score is None else {"score": float(score)},
                 force=True,
             )
         if wait:
@@ -145,7 +159,7 @@ class Checkpoints:
         self.close()
 
     def _restore(self, step: int, abstract_tree: Tree) -> tuple[int, Tree, dict[str, Any], Memory]:
-        content = decode(self._manager.restore(step, args=ocp.args.Composite(host=HostRestore())).host)
+        content = decode(self._manager.restore(step, args=ocp.args.Composite(host=HostRestore()))["host"])
         targets, treedef = jax.tree.flatten(abstract_tree)
         named = dict(zip(_names(abstract_tree), targets))
         manifest = content["leaves"]
@@ -155,13 +169,20 @@ class Checkpoints:
         restore_args = ocp.checkpoint_utils.construct_restore_args(stored)
         restored = self._manager.restore(
             step, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore(stored, restore_args=restore_args))
-        ).arrays
+        )["arrays"]
         arrays = {name: restored[name] if x.size else _empty(x) for name, x in abstract.items()}
         for name, mark in _fingerprints(arrays).items():
             if mark != manifest[name]["fingerprint"]:
                 raise CheckpointError(f"the contents of {name} changed on disk")
         leaves = [_like(arrays[name], x) for name, x in named.items()]
         return step, jax.tree.unflatten(treedef, leaves), content["host"], content["memory"]
+
+    def _score(self, step: int) -> float | None:
+        try:
+            with np.load(self.directory / str(step) / "host" / _host_file(), allow_pickle=False) as file:
+                return json.loads(file[_JSON].tobytes())["score"]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return None  # damaged; restoring will say so
 
     def _set_aside(self, step: int) -> None:
         if jax.process_index() == 0:
@@ -219,13 +240,13 @@ def _abstract(x: Any) -> Any:
     return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
 
 
-def _like(restored: Array, target: Any) -> Array | np.ndarray:
+def _like(restored: Array | np.ndarray, target: Any) -> Array | np.ndarray:
     """Restored data as a leaf like `target`: numpy, a random key, or an array free to move, when that is."""
     if isinstance(target, np.ndarray):
         return np.asarray(restored)
-    if getattr(target, "sharding", None) is None or not getattr(target, "committed", True):
-        restored = jnp.asarray(np.asarray(restored))
-    return jax.random.wrap_key_data(restored, dtype=target.dtype) if _is_key(target) else restored
+    free = getattr(target, "sharding", None) is None or not getattr(target, "committed", True)
+    array = jnp.asarray(np.asarray(restored) if free else restored)
+    return jax.random.wrap_key_data(array, dtype=target.dtype) if _is_key(target) else array
 
 
 def _manifest(arrays: dict[str, Array]) -> dict[str, Any]:
