@@ -59,8 +59,15 @@ class GymTask(Section):
     datasets: list[DataSet] = described(..., "generators to mix", min_length=1)
     size: int = described(8000, "training problems to generate", ge=1)
     eval_size: int = described(512, "held-out problems, none of which occurs in training", ge=1)
-    prompt: str = described("{question}", "prompt from the question")
-    target: str = described("{answer}", "worked answer, for the supervised warm start")
+    seed: int | None = described(None, "seed of the problems; none: the run's")
+    question_pattern: str | None = described(
+        None, "regular expression whose first group is the part of the question to use"
+    )
+    prompt: str = described("{question}", "prompt from {question}, {answer} and the generator's metadata")
+    target: str = described("{answer}", "worked answer from the same fields, for the supervised warm start")
+    answer_pattern: str | None = described(
+        None, "regular expression; the first group of its last match in the completion is scored; none: all of it"
+    )
 
 
 class FileTask(Section):
@@ -70,13 +77,18 @@ class FileTask(Section):
     train: str = described(..., "path of a .jsonl or .parquet file, or hub:NAME[:SPLIT]")
     eval: str | None = described(None, "the same for held-out problems; none keeps `eval_size` rows of train apart")
     eval_size: int = described(256, "held-out rows (taken from train when eval is none)", ge=0)
+    seed: int | None = described(None, "seed of the choice of held-out rows; none: the run's")
     prompt_field: str = described("prompt", "field with the question")
     answer_field: str | None = described("answer", "field with the reference answer; none when the reward needs none")
-    prompt: str = described("{prompt}", "prompt from the row's fields")
+    target_field: str | None = described(
+        None, "field with the worked answer, for the supervised warm start; none: answer_field"
+    )
+    prompt: str = described("{prompt}", "prompt from the row's fields; {prompt} is prompt_field")
     answer_pattern: str | None = described(
         None, "regular expression whose first group is the final answer inside the field"
     )
-    reward: str = described("math", "math, exact, letter:<c>, or module:function taking (completion, answer, row)")
+    reward: str = described("math", "math, exact, letter:<c>, or module:function taking (completion, record)")
+    reward_options: dict[str, Any] = described({}, "options of the reward")
 
 
 class CustomTask(Section):
@@ -93,6 +105,7 @@ Task = Annotated[GymTask | FileTask | CustomTask, Field(discriminator="kind")]
 class RewardPart(Section):
     reward: str = described(..., "math, exact, letter:<c>, judge, length_penalty, or module:function")
     weight: float = described(1.0, "factor of this part in the total reward")
+    options: dict[str, Any] = described({}, "options of the part")
 
 
 class Judge(Section):
@@ -114,6 +127,7 @@ class Rewards(Section):
         10.0, "seconds a row may take before its worker is killed and the row left unscored", gt=0
     )
     judge: Judge | None = described(None, "judge for parts named `judge`")
+    env: list[str] = described([], "environment variables that reward functions may see, besides PATH, HOME and locale")
     overlong_cache: int = described(0, "soft overlong penalty over the last this many tokens (DAPO); 0 off", ge=0)
 
 

@@ -1,0 +1,118 @@
+"""Problems from rows: jsonl and parquet files, hub data sets, a user's function."""
+
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxrl_llm.config import CustomTask, FileTask
+from jaxrl_llm.tasks.base import Record, RewardSpec, Task, fill, import_function, reward_name
+
+Row = Mapping[str, Any]
+
+
+def load(config: FileTask, seed: int) -> Task:
+    """Problems of the named rows; without `eval`, `eval_size` of them chosen by the seed are kept apart.
+
+    No prompt of the held-out problems stays in training: such training rows are left out. Raises ValueError for a missing
+    file, field or answer, and when no training row is left.
+    """
+    rows = [_record(config, row, f"task.train {config.train} row {i + 1}") for i, row in enumerate(read(config.train))]
+    if config.eval is not None:
+        where = f"task.eval {config.eval}"
+        held_out = [_record(config, row, f"{where} row {i + 1}") for i, row in enumerate(read(config.eval))]
+        if len(held_out) > config.eval_size:
+            held_out = random.Random(seed).sample(held_out, config.eval_size)
+    else:
+        distinct = list({r["prompt"]: r for r in rows}.values())
+        if config.eval_size >= len(distinct):
+            raise ValueError(
+                f"task.eval_size: {config.eval_size}, expected less than the {len(distinct)} distinct rows"
+            )
+        held_out = random.Random(seed).sample(distinct, config.eval_size)
+    kept_apart = {r["prompt"] for r in held_out}
+    train = [r for r in rows if r["prompt"] not in kept_apart]
+    if not train:
+        raise ValueError(f"task.train: {config.train} has no row that is not held out")
+    reward = RewardSpec(reward_name(config.reward), config.reward, 1.0, config.reward_options)
+    return Task(Path(config.train).stem, train, held_out, (reward,))
+
+
+def custom(config: CustomTask) -> Task:
+    """What the user's function returns. Raises ValueError when it is no Task or shares prompts between train and eval."""
+    task = import_function("task.function", config.function)(**config.options)
+    if not isinstance(task, Task):
+        raise ValueError(f"task.function: {config.function} returned {type(task).__name__}, expected tasks.base.Task")
+    shared = {r["prompt"] for r in task.train} & {r["prompt"] for r in task.eval}
+    if shared:
+        raise ValueError(f"task.function: {config.function} has {len(shared)} prompts both in train and in eval")
+    return task
+
+
+def read(source: str) -> Sequence[Row]:
+    """Rows of PATH.jsonl, PATH.parquet or hub:NAME[:SPLIT] (split train unless named)."""
+    if source.startswith("hub:"):
+        _, name, *split = source.split(":")
+        return _hub(name, split[0] if split else "train")
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise ValueError(f"task: no file {source!r}, expected a .jsonl or .parquet file, or hub:NAME[:SPLIT]")
+    if path.suffix == ".parquet":
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise ValueError(f"task: reading {source!r} needs pyarrow: pip install pyarrow") from None
+        return parquet.read_table(path).to_pylist()
+    if path.suffix not in (".jsonl", ".json"):
+        raise ValueError(f"task: {source!r} ends in {path.suffix!r}, expected .jsonl or .parquet")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"task: {source} line {number} is no JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"task: {source} line {number} is {type(row).__name__}, expected an object")
+            rows.append(row)
+    return rows
+
+
+def _hub(name: str, split: str) -> Sequence[Row]:
+    try:
+        import datasets  # type: ignore[import-not-found]
+    except ImportError:
+        raise ValueError(f"task: hub:{name} needs the extra `hub`: pip install 'jaxrl_llm[hub]'") from None
+    return [dict(row) for row in datasets.load_dataset(name, split=split)]
+
+
+def _record(config: FileTask, row: Row, where: str) -> Record:
+    prompt = {**row, "prompt": _field(row, config.prompt_field, where)}
+    record = {**_jsonable(row), "prompt": fill("task.prompt", config.prompt, prompt)}
+    if config.answer_field is not None:
+        worked = str(_field(row, config.answer_field, where))
+        answer = worked
+        if config.answer_pattern:
+            found = re.search(config.answer_pattern, worked, re.DOTALL)
+            if not found:
+                raise ValueError(
+                    f"{where}: task.answer_pattern {config.answer_pattern!r} not found in {worked[-60:]!r}"
+                )
+            answer = found.group(1)
+        record |= {"answer": answer.strip(), "target": worked}
+    if config.target_field is not None:
+        record["target"] = str(_field(row, config.target_field, where))
+    return record
+
+
+def _field(row: Row, name: str, where: str) -> Any:
+    if name not in row:
+        raise ValueError(f"{where}: no field {name!r}, expected one of {sorted(row)}")
+    return row[name]
+
+
+def _jsonable(row: Row) -> dict[str, Any]:
+    """The row as a reward worker will see it: dates, bytes and the like as text."""
+    return json.loads(json.dumps(dict(row), default=str))
