@@ -14,6 +14,26 @@ AXES = ("dp", "fsdp", "tp", "ep", "sp")  # slowest link first
 logger = logging.getLogger(__name__)
 
 
+def shape_over(sizes: config.Mesh | None, devices: int) -> list[int]:
+    """Sizes of dp, fsdp, tp, ep, sp with -1 resolved for a number of devices; None: 1 each.
+
+    Raises:
+      ValueError: a 0, more than one -1, or fixed sizes that do not divide the devices.
+    """
+    shape = [getattr(sizes, a) if sizes else 1 for a in AXES]
+    if bad := [a for a, n in zip(AXES, shape) if n == 0]:
+        raise ValueError(f"mesh.{bad[0]}: 0, expected -1 or at least 1")
+    free = [i for i, n in enumerate(shape) if n == -1]
+    if len(free) > 1:
+        raise ValueError(f"mesh: {' and '.join(AXES[i] for i in free)} are both -1, expected at most one")
+    fixed = math.prod(n for n in shape if n != -1)
+    if free:
+        shape[free[0]] = devices // fixed
+        if fixed * shape[free[0]] != devices:
+            raise ValueError(f"mesh.{AXES[free[0]]}: -1, but the other sizes ({fixed}) do not divide {devices} devices")
+    return shape
+
+
 def make_mesh(sizes: config.Mesh | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with axes dp, fsdp, tp, ep, sp over `devices` (all of them by default); None: one device.
 
@@ -23,19 +43,7 @@ def make_mesh(sizes: config.Mesh | None = None, devices: Sequence[jax.Device] | 
       ValueError: more than one -1, or sizes that do not fit the devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    shape = [getattr(sizes, a) if sizes else 1 for a in AXES]
-    if bad := [a for a, n in zip(AXES, shape) if n == 0]:
-        raise ValueError(f"mesh.{bad[0]}: 0, expected -1 or at least 1")
-    free = [i for i, n in enumerate(shape) if n == -1]
-    if len(free) > 1:
-        raise ValueError(f"mesh: {' and '.join(AXES[i] for i in free)} are both -1, expected at most one")
-    fixed = math.prod(n for n in shape if n != -1)
-    if free:
-        shape[free[0]] = len(devices) // fixed
-        if fixed * shape[free[0]] != len(devices):
-            raise ValueError(
-                f"mesh.{AXES[free[0]]}: -1, but the other sizes ({fixed}) do not divide {len(devices)} devices"
-            )
+    shape = shape_over(sizes, len(devices))
     used = math.prod(shape)
     if used > len(devices) or (used < len(devices) and jax.process_count() > 1):
         raise ValueError(
