@@ -17,6 +17,7 @@ per minibatch (the code averages microbatch means); h0 0.5 (the authors' script;
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ from jaxrl_llm.algorithms.base import (
     per_token,
 )
 from jaxrl_llm.objectives import ratios, surrogates, weights
-from jaxrl_llm.types import Credit, Memory, Metrics, Rollouts, State, Views, mean_of, metric_value
+from jaxrl_llm.types import Credit, Mean, Memory, Metrics, Rollouts, State, Views, mean_of, metric_value
 
 PAPER = Paper(
     title="DCPO: Distribution-Centric Policy Optimization Dominates Exploration-Exploitation Trade-off",
@@ -117,7 +118,7 @@ def build(config: Config) -> Algorithm:
     def observe(
         state: State, memory: Memory, rows: Rollouts, credit: Credit, report: Report, views: ViewsFn
     ) -> tuple[State, Memory]:
-        measured = [m["sampled_entropy"] for m in report.per_update or (report.metrics,)]
+        measured = [cast(Mean, m["sampled_entropy"]) for m in report.per_update or (report.metrics,)]
         values = [metric_value(m) for m in measured if float(m.count) > 0]
         if not values:  # nothing trained, nothing measured
             return state, memory
