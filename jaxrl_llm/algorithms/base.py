@@ -44,7 +44,8 @@ class Plan(NamedTuple):
     score_temperature: Array | None = None  # [] temperature of the "tempered_logp" view
     hook_state: Any = ()  # pytree of arrays handed to the hook
     prompt_weights: Array | None = None  # [n_prompts] draw prompts without replacement by these weights
-    capacity: Callable[[int], tuple[int, int]] | None = None  # prompts -> (contexts, rows); None: (n, n * group_size)
+    # (prompts, group_size) -> (contexts, rows) of a batch; None: (prompts, prompts * group_size)
+    capacity: Callable[[int, int], tuple[int, int]] | None = None
 
 
 # (logits [S, V] float32, temperature [S], hook_state) -> temperature [S]; pure, jitted into the decode loop.
