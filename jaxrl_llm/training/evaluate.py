@@ -4,6 +4,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,3 +134,40 @@ def evaluate(
         rows += [row_of(p, c, begin + i) for i, (p, cs) in enumerate(zip(part, answers)) for c in cs]
     reward_rows(rows, task.rewards, decode, score)
     return Evaluation(summarize(rows, task, settings.k), from_rows(rows, None, decode, shown))
+
+
+def run(settings: config.Config, path: str | None = None) -> dict[str, float]:
+    """Evaluate a model on the config's task and print the result: the Hugging Face directory `path`, else what the run
+    in `run.dir` exported, else `model.path`.
+
+    Raises ValueError when there is none of them, or no held-out problem.
+    """
+    from jaxrl_llm.training import parts, phases  # phases evaluates with this module
+
+    chosen = model_directory(settings, path)
+    settings = settings.model_copy(update={"model": settings.model.model_copy(update={"path": chosen, "spec": None})})
+    made, params = parts.make(settings)
+    with made.scorer:
+        if not made.held_out:
+            raise ValueError(f"eval.size={settings.eval.size}: no held-out problem, expected at least one")
+        found = phases.held_out(made, params, 0)
+    for sample in found.samples[:3]:
+        print(f"{sample.prompt!r} -> {sample.completion!r}  reward {sample.reward}")
+    print(f"{chosen}:")
+    for name, value in found.metrics.items():
+        print(f"  {name:28} {value:.4f}")
+    return found.metrics
+
+
+def model_directory(settings: config.Config, path: str | None) -> str:
+    """The Hugging Face directory a command on a config or run means. Raises ValueError when there is none."""
+    exported = Path(settings.run.dir) / "export"
+    if path is not None:
+        return path
+    if exported.is_dir():
+        return str(exported)
+    if settings.model.path is not None:
+        return settings.model.path
+    raise ValueError(
+        f"run.dir={settings.run.dir}: no export there and no model.path, expected a finished run or --model"
+    )
