@@ -226,7 +226,7 @@ def batch_of(made: Parts, alg: Algorithm, plan: Plan, rows: Sequence[Row]) -> Ro
     """The rows as arrays of the shapes every step has."""
     rollout = made.config.rollout
     prompts, group_size = rollout.prompts, plan.group_size or rollout.group_size
-    contexts, size = plan.capacity(prompts) if plan.capacity else (prompts, prompts * group_size)
+    contexts, size = plan.capacity(prompts, group_size) if plan.capacity else (prompts, prompts * group_size)
     return pack(
         rows,
         contexts=contexts,
