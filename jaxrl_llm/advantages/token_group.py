@@ -17,7 +17,7 @@ def token_group(
     """(R_i - mu_g) / (sigma_g + eps) with mean and population std over the tokens of the group, 0 where masked.
 
     Long rows weigh more, so a group's token advantages sum to 0. A group with some |A| >= `cap` uses the sequence-level
-    advantage instead (ddof 1; a single row: mean 0, std 1), as in the released code; None never does.
+    advantage instead (ddof 1), as in the released code; None never does.
     """
     rows = jnp.any(mask, -1)
     length = jnp.sum(mask, -1).astype(score.dtype)

@@ -85,8 +85,10 @@ def relative(
     stats = groups.statistics(score, group, voters)
     alone = stats.count == 1
     centred = jnp.where(alone & alone_raw, score, score - stats.mean)
-    divisor = jnp.where(alone | ~jnp.asarray(std), 1, stats.std) + (1e-6 if std else 0)
-    return jnp.where(counted & (alone | ~stats.flat), centred / divisor, 0)
+    flat = groups.statistics(score, group, counted).flat
+    if std:  # voters may agree where penalised rows do not: nothing to divide by
+        centred, flat = centred / (jnp.where(alone, 1, stats.std) + 1e-6), flat | stats.flat
+    return jnp.where(counted & (alone | ~flat), centred, 0)
 
 
 def advantage(
