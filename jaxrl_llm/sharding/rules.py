@@ -73,11 +73,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Pin an activation to the current mesh (`jax.set_mesh`) by logical names; nothing without a mesh."""
+    """Pin an activation to the current mesh (`jax.set_mesh`) by logical names; nothing without a mesh.
+
+    Inside `jax.shard_map` only the mesh axes left to the compiler are pinned.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, dict(mesh.shape))[0])
+    sizes = {a: n for a, n in mesh.shape.items() if a not in mesh.manual_axes}
+    return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, sizes)[0])
 
 
 def ways(*axes: str) -> int:
