@@ -1,0 +1,326 @@
+"""The device side of generation: prefill of contexts, and a decode loop that feeds itself from a queue of items.
+
+A context is stored without its last token, which is the first input of every item sampled from it: an item of n tokens
+takes n steps of a slot and needs at most `max_new` cache columns. All slots write step `clock` into the same cache column
+`clock % max_new`; a slot that took an item `age` steps ago sees the newest `age + 1` columns. So a refill resets one
+number, nothing is ever moved, and a write is one slice, not a scatter.
+
+Keys are stored `[.., hd, columns]`: queries times keys is then a plain row-major matrix product (twice as fast on CPU).
+
+Letters: S slots, N items in the queue, P contexts, L context columns, T own columns (max_new), K key/value heads, R query
+heads per key/value head, hd head width, V vocabulary, C steps between two looks of the host.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from jaxrl_llm.algorithms.base import SamplerHook
+from jaxrl_llm.models import decoder
+from jaxrl_llm.models.attention import LayerInfo, accumulator, causal
+from jaxrl_llm.models.spec import ModelSpec
+from jaxrl_llm.rollout.sampling import Sampling, choose, uniforms
+from jaxrl_llm.sharding.rules import constrain
+from jaxrl_llm.types import Params
+
+GOING, ON_TOKEN, ON_STRING, ON_LENGTH = range(4)  # why an item stopped
+
+
+class Settings(NamedTuple):
+    """What a compiled decode program is made for."""
+
+    spec: ModelSpec
+    dtype: Any
+    max_new: int
+    chunk: int
+    eos_ids: tuple[int, ...]
+    score_temperature: float
+    hook: SamplerHook | None
+    lockstep: tuple[str, ...]  # mesh axes whose shards take the same number of steps
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer, for contexts (rows P), slots' contexts or own tokens (rows S)."""
+
+    k: Float[Array, "rows K hd columns"]
+    v: Float[Array, "rows K columns hd"]
+
+
+class Job(NamedTuple):
+    """An item of the queue [N], or what a slot works on [S]."""
+
+    context: Int[Array, "N"]  # row of the pool
+    length: Int[Array, "N"]  # cached context tokens
+    token: Int[Array, "N"]  # the context's last token, the first input
+    limit: Int[Array, "N"]  # most new tokens, at least 1
+    key: UInt[Array, "N 2"]
+    sampling: Sampling
+
+
+class Slots(NamedTuple):
+    """State of the decode loop; donated from call to call."""
+
+    clock: Int[Array, ""]  # steps done
+    next: Int[Array, ""]  # first item of the queue not yet taken
+    item: Int[Array, "S"]  # -1: idle
+    age: Int[Array, "S"]  # tokens generated for the item
+    token: Int[Array, "S"]  # next input
+    stop: Int[Array, "S"]  # state of the stop-string automaton
+    job: Job
+    context: tuple[Cache, ...]  # per layer, of each slot's context
+    own: tuple[Cache, ...]  # per layer
+
+
+class Log(NamedTuple):
+    """What every step produced; the host sorts it into completions. Row i is meaningful where item >= 0."""
+
+    item: Int[Array, "C S"]
+    age: Int[Array, "C S"]
+    token: Int[Array, "C S"]
+    reason: Int[Array, "C S"]
+    sampler_logp: Float[Array, "C S"]
+    policy_logp: Float[Array, "C S"]
+    margin: Float[Array, "C S"]
+
+
+def prepare(spec: ModelSpec, dtype: Any, params: Params) -> Params:
+    """Parameters as the decode loop wants them: in its dtype, layer by layer, the output matrix row-major."""
+    cast = jax.tree.map(lambda w: w.astype(dtype), params)
+    return {
+        "embed": cast["embed"],
+        "norm": cast["norm"],
+        "unembed": decoder.unembed(spec, cast),
+        "layers": decoder.unstack(spec, cast),
+    }
+
+
+def prefill(
+    spec: ModelSpec, dtype: Any, batch: int, params: Params, tokens: Int[Array, "D P L"], count: Int[Array, ""]
+) -> tuple[Cache, ...]:
+    """Keys and values of the first `count` contexts of each of D shards, `batch` contexts of a shard at a time.
+
+    Contexts are right-padded: with causal attention no cached token sees padding, and the mask of the decode loop ends
+    at the context's length.
+    """
+    shards, contexts, length = tokens.shape
+    shape = (shards, contexts, spec.kv_heads)
+    pool = tuple(
+        Cache(jnp.zeros((*shape, spec.head_dim, length), dtype), jnp.zeros((*shape, length, spec.head_dim), dtype))
+        for _ in range(spec.layers)
+    )
+
+    def some(i: Array, pool: tuple[Cache, ...]) -> tuple[Cache, ...]:
+        part = lax.dynamic_slice_in_dim(tokens, i * batch, batch, 1).reshape(shards * batch, length)
+        positions = jnp.broadcast_to(jnp.arange(length), part.shape)
+        _, (k, v) = decoder.forward(spec, params, part, positions, causal(keep_kv=True), dtype=dtype)
+        k = k.transpose(0, 1, 3, 4, 2).reshape(spec.layers, shards, batch, *pool[0].k.shape[2:])
+        v = v.transpose(0, 1, 3, 2, 4).reshape(spec.layers, shards, batch, *pool[0].v.shape[2:])
+        return tuple(
+            Cache(*(lax.dynamic_update_slice_in_dim(old, new[n], i * batch, 1) for old, new in zip(c, (k, v))))
+            for n, c in enumerate(pool)
+        )
+
+    return lax.fori_loop(0, -(-count // batch), some, pool)
+
+
+def idle_slots(spec: ModelSpec, dtype: Any, size: int, max_new: int, length: int, queue: Job) -> Slots:
+    """`size` slots before the first step, with room for contexts of `length` cached tokens."""
+
+    def caches(columns: int) -> tuple[Cache, ...]:
+        k = jnp.zeros((size, spec.kv_heads, spec.head_dim, columns), dtype)
+        return tuple(Cache(k, k.swapaxes(2, 3)) for _ in range(spec.layers))
+
+    zero, zeros = jnp.zeros((), jnp.int32), jnp.zeros(size, jnp.int32)
+    job = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (size, *x.shape[1:])), queue)  # idle, but like the others
+    return Slots(zero, zero, zeros - 1, zeros, zeros, zeros, job, caches(length), caches(max_new))
+
+
+def decode(
+    settings: Settings,
+    truncated: bool,
+    weights: Params,
+    pool: tuple[Cache, ...],
+    queue: Job,
+    count: Int[Array, ""],
+    shrink_at: Int[Array, ""],
+    stop_table: Int[Array, "states V"] | None,
+    hook_state: Any,
+    slots: Slots,
+) -> tuple[Slots, Log, Int[Array, "3"]]:
+    """Decode until the log is full, or the queue is empty and at most `shrink_at` slots are live.
+
+    With `settings.lockstep` a shard goes on idly until the others are done, too.
+
+    Returns: the slots, the log, and (live slots, items taken, steps done in this call).
+    """
+    size = slots.item.shape[0]
+    ints, floats = jnp.zeros((settings.chunk, size), jnp.int32), jnp.zeros((settings.chunk, size), jnp.float32)
+    log = Log(ints - 1, ints, ints, ints, floats, floats, floats)
+
+    def busy(slots: Slots) -> Bool[Array, ""]:
+        mine = (slots.next < count) | (jnp.sum(slots.item >= 0) > shrink_at)
+        return lax.psum(mine.astype(jnp.int32), settings.lockstep) > 0 if settings.lockstep else mine
+
+    def going(carry: tuple[Slots, Log, Array, Array]) -> Bool[Array, ""]:
+        _, _, steps, more = carry
+        return more & (steps < settings.chunk)
+
+    def body(carry: tuple[Slots, Log, Array, Array]) -> tuple[Slots, Log, Array, Array]:
+        slots, log, steps, _ = carry
+        slots, row = step(settings, truncated, weights, stop_table, hook_state, refill(pool, queue, count, slots))
+        log = Log(*(lax.dynamic_update_slice_in_dim(x, r[None].astype(x.dtype), steps, 0) for x, r in zip(log, row)))
+        return slots, log, steps + 1, busy(slots)
+
+    slots, log, steps, _ = lax.while_loop(going, body, (slots, log, jnp.zeros((), jnp.int32), busy(slots)))
+    return slots, log, jnp.stack([jnp.sum(slots.item >= 0), slots.next, steps]).astype(jnp.int32)
+
+
+def refill(pool: tuple[Cache, ...], queue: Job, count: Int[Array, ""], slots: Slots) -> Slots:
+    """Idle slots take the next items of the queue, and their contexts' caches."""
+    idle = slots.item < 0
+    new = slots.next + jnp.cumsum(idle) - 1
+    take = idle & (new < count)
+    taken = jnp.sum(take)
+    mine = jax.tree.map(lambda q: q[jnp.minimum(new, q.shape[0] - 1)], queue)
+    job = jax.tree.map(lambda a, b: jnp.where(take.reshape(-1, *[1] * (a.ndim - 1)), a, b), mine, slots.job)
+    (takers,) = jnp.nonzero(take, size=take.shape[0], fill_value=0)
+
+    def load(i: Array, context: tuple[Cache, ...]) -> tuple[Cache, ...]:
+        slot = takers[i]
+        source = job.context[slot]
+        return jax.tree.map(
+            lambda kept, all_: lax.dynamic_update_slice_in_dim(
+                kept, lax.dynamic_slice_in_dim(all_, source, 1), slot, 0
+            ),
+            context,
+            pool,
+        )
+
+    return slots._replace(
+        next=slots.next + taken,
+        item=jnp.where(take, new, slots.item),
+        age=jnp.where(take, 0, slots.age),
+        token=jnp.where(take, job.token, slots.token),
+        stop=jnp.where(take, 0, slots.stop),
+        job=job,
+        context=lax.fori_loop(0, taken, load, slots.context),
+    )
+
+
+def step(
+    settings: Settings,
+    truncated: bool,
+    weights: Params,
+    stop_table: Int[Array, "states V"] | None,
+    hook_state: Any,
+    slots: Slots,
+) -> tuple[Slots, Log]:
+    """One token for every slot; idle slots compute along and are ignored."""
+    job, live = slots.job, slots.item >= 0
+    logits, own = token_logits(settings, weights, slots)
+    sampling = job.sampling
+    if settings.hook is not None:
+        sampling = sampling._replace(temperature=settings.hook(logits, sampling.temperature, hook_state))
+    choice = choose(
+        logits,
+        uniforms(job.key, slots.age),
+        sampling,
+        score_temperature=settings.score_temperature,
+        truncated=truncated,
+    )
+    age = slots.age + live
+    reason = jnp.where(age >= job.limit, ON_LENGTH, GOING)
+    stop = slots.stop
+    if stop_table is not None:
+        stop = stop_table[stop, choice.token]
+        reason = jnp.where(stop == stop_table.shape[0] - 1, ON_STRING, reason)
+    if settings.eos_ids:
+        eos = jnp.asarray(settings.eos_ids, jnp.int32)
+        reason = jnp.where((choice.token[:, None] == eos).any(-1), ON_TOKEN, reason)
+    row = Log(slots.item, slots.age, choice.token, reason, choice.sampler_logp, choice.policy_logp, choice.margin)
+    slots = slots._replace(
+        clock=slots.clock + 1,
+        item=jnp.where(reason == GOING, slots.item, -1),
+        age=age,
+        token=choice.token,
+        stop=stop,
+        own=own,
+    )
+    return slots, row
+
+
+def token_logits(settings: Settings, weights: Params, slots: Slots) -> tuple[Float[Array, "S V"], tuple[Cache, ...]]:
+    """Logits after every slot's next input, and the own caches with that input added."""
+    spec, job = settings.spec, slots.job
+    position = job.length + slots.age
+    columns = slots.own[0].v.shape[2]
+    column = slots.clock % columns
+    past = (slots.clock - jnp.arange(columns)) % columns  # steps since a column was written
+    own_seen = past <= slots.age[:, None]
+    at = jnp.arange(slots.context[0].v.shape[2])
+    context_seen = at < job.length[:, None]
+
+    def attend(info: LayerInfo, q: Array, k: Array, v: Array) -> tuple[Array, Cache]:
+        assert isinstance(info.window, int)
+        n = len(own)
+        cache = Cache(
+            lax.dynamic_update_slice_in_dim(slots.own[n].k, k[:, 0, :, :, None], column, 3),
+            lax.dynamic_update_slice_in_dim(slots.own[n].v, v[:, 0, :, None], column, 2),
+        )
+        seen_c, seen_o = context_seen, own_seen
+        if info.window:
+            seen_c = seen_c & (at > position[:, None] - info.window)
+            seen_o = seen_o & (past < info.window)
+        return joined(q[:, 0], slots.context[n], seen_c, cache, seen_o, info.scale)[:, None], cache
+
+    own: list[Cache] = []
+    x = decoder.embed(spec, weights, slots.token[:, None], settings.dtype)
+    cos, sin = decoder.rope(spec, position[:, None], settings.dtype)
+    for info, p in zip(decoder.layer_infos(spec), weights["layers"]):
+        x, cache = decoder.block(spec, p, info, x, cos, sin, attend)
+        own.append(cache)
+    hidden = decoder.final_norm(spec, weights, x)[:, 0]
+    logits = jnp.matmul(hidden, weights["unembed"], preferred_element_type=accumulator(settings.dtype))
+    # Whole on every device: shards branch differently when they choose tokens, and must not communicate there.
+    return constrain(logits, None, None), tuple(own)
+
+
+def joined(
+    q: Float[Array, "S H hd"],
+    context: Cache,
+    context_seen: Bool[Array, "S L"],
+    own: Cache,
+    own_seen: Bool[Array, "S T"],
+    scale: float,
+) -> Float[Array, "S H hd"]:
+    """Attention of one query per slot over its context and its own tokens, the two softmaxes joined exactly.
+
+    The same as `models.attention.two_part`, for the decode loop's cache layout. A slot sees at least its own newest
+    column.
+    """
+    size, heads, hd = q.shape
+    kv = own.v.shape[1]
+    acc = accumulator(q.dtype)
+    q = q.reshape(size, kv, heads // kv, hd)
+
+    def scores(cache: Cache, seen: Bool[Array, "S n"]) -> Float[Array, "S K R n"]:
+        raw = jnp.einsum("skrh,skhn->skrn", q, cache.k, preferred_element_type=acc) * scale
+        return jnp.where(seen[:, None, None], raw, jnp.finfo(acc).min)
+
+    def values(mass: Float[Array, "S K R n"], cache: Cache) -> Float[Array, "S K R hd"]:
+        return jnp.einsum("skrn,sknh->skrh", mass.astype(cache.v.dtype), cache.v, preferred_element_type=acc)
+
+    a, b = scores(context, context_seen), scores(own, own_seen)
+    top = jnp.maximum(a.max(-1), b.max(-1))[..., None]
+    a, b = jnp.exp(a - top), jnp.exp(b - top)
+    out = values(a, context) + values(b, own)
+    return (out / (a.sum(-1) + b.sum(-1))[..., None]).astype(q.dtype).reshape(size, heads, hd)
+
+
+def compact(size: int, slots: Slots) -> Slots:
+    """The live slots gathered into `size` (at least as many), the rest idle."""
+    order = jnp.argsort(slots.item < 0, stable=True)[:size]
+    return jax.tree.map(lambda x: x[order] if x.ndim else x, slots)

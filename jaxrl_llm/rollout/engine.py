@@ -1,0 +1,354 @@
+"""The host side of generation: what to decode, on which shards, at which compiled sizes, and what came of it.
+
+Every context is prefilled once. Items (context, sample) wait in a queue on the device and are decoded by a fixed number of
+slots; the host looks only every `chunk` steps. When the queue is empty and at most half of the slots are live, the live ones
+are gathered and decoding goes on at the next power of two. Counts and lengths are rounded up to powers of two, so a run
+compiles a few programs at its start and none later; temperatures, limits and truncation are arrays.
+
+On a mesh the items are dealt out over (dp, fsdp) in equal runs, and every shard works off its own queue without talking to
+the others; weights are replicated over those axes and split over tp.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrl_llm.algorithms.base import SamplerHook
+from jaxrl_llm.models import decoder
+from jaxrl_llm.models.spec import ModelSpec
+from jaxrl_llm.rollout import decode
+from jaxrl_llm.rollout.rows import STOP_LENGTH, STOP_STRING, STOP_TOKEN, Completion
+from jaxrl_llm.rollout.sampling import Sampling, item_keys
+from jaxrl_llm.rollout.stops import stop_table, token_bytes
+from jaxrl_llm.sharding.rules import partition
+from jaxrl_llm.types import Params
+
+SHARDED = ("dp", "fsdp")  # mesh axes over which items are dealt out
+MIN_SLOTS = 4  # per shard; below this a smaller program is hardly faster
+AUTO_SLOTS = 128  # per shard, at most, when the caller leaves the choice
+MIN_COLUMNS = 16  # shortest compiled context
+PREFILL_TOKENS = 8192  # per shard, at once
+CLOSE = 1e-5  # a choice with a smaller margin may differ between compiled sizes
+STOP_NAMES = {decode.ON_TOKEN: STOP_TOKEN, decode.ON_STRING: STOP_STRING, decode.ON_LENGTH: STOP_LENGTH}
+
+PerContext = float | Sequence[float] | None  # one number for all contexts, one for each, or the engine's default
+
+
+class Engine:
+    """Samples completions with the weights it was last given.
+
+    Args:
+      mesh: its dp and fsdp axes deal out items, tp splits weights.
+      max_prompt, max_new: tokens; limits of every call, and what caches are sized for.
+      slots: items decoded at once over the whole mesh; 0 chooses from the number of items.
+      stop_strings: end a completion with the token in which one completes; need `tokenizer` (fast) or `pieces`.
+      pieces: the bytes every token writes, instead of a tokenizer.
+      temperature, top_k, top_p, min_p: defaults of `generate`. The default temperature, 1 when it is 0, is also that of
+        `Completion.policy_logp`.
+      hook: changes the temperature of every choice from the logits (`algorithms.base.SamplerHook`).
+      batch_invariant: one compiled size, for bitwise replays; slower tails.
+      chunk: steps between two looks of the host.
+    Raises:
+      ValueError: lengths beyond the model's positions, or stop strings without a tokenizer.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        mesh: Mesh,
+        *,
+        max_prompt: int,
+        max_new: int,
+        slots: int = 0,
+        eos_ids: Sequence[int] = (),
+        stop_strings: Sequence[str] = (),
+        tokenizer: Any = None,
+        pieces: Sequence[bytes] | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        dtype: Any = jnp.float32,
+        hook: SamplerHook | None = None,
+        batch_invariant: bool = False,
+        chunk: int = 64,
+    ):
+        if max_prompt + max_new > spec.max_positions:
+            raise ValueError(
+                f"rollout.max_prompt + max_new: {max_prompt + max_new}, expected at most the model's "
+                f"{spec.max_positions} positions"
+            )
+        if stop_strings and tokenizer is None and pieces is None:
+            raise ValueError("rollout.stop: stop strings need a tokenizer")
+        self.spec, self.mesh, self.dtype = spec, mesh, jnp.dtype(dtype)
+        self.max_prompt, self.max_new, self.slots = max_prompt, max_new, slots
+        self.defaults = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        self.batch_invariant = batch_invariant
+        self.stats: dict[str, float] = {}
+        self.compilations = 0
+        self._shards = int(np.prod([mesh.shape[a] for a in SHARDED]))
+        self._shard = NamedSharding(mesh, PartitionSpec(SHARDED))
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self._params = self._weights = self.version = None
+        table = None
+        if stop_strings:
+            table = stop_table(stop_strings, _pad(pieces or token_bytes(tokenizer), spec.vocab))
+        self._stop_table = jax.device_put(table, self._everywhere)
+        # With tp the devices of a step communicate, and the compiler may let all of them take part.
+        lockstep = SHARDED if mesh.shape["tp"] > 1 else ()
+        self._compile(
+            decode.Settings(spec, self.dtype, max_new, chunk, tuple(eos_ids), temperature or 1.0, hook, lockstep)
+        )
+
+    def set_weights(self, params: Params, version: int) -> None:
+        """Use these parameters (laid out as `models.decoder.init`'s) from now on; nothing computed before is kept.
+
+        The engine keeps a reference to `params` for prefill: give new ones before the old are donated away.
+        """
+        self._params, self.version = params, version
+        with jax.set_mesh(self.mesh):
+            self._weights = self._prepare(params)
+
+    def generate(
+        self,
+        contexts: Sequence[np.ndarray],
+        n: Sequence[int],
+        *,
+        seed: int,
+        step: int,
+        temperature: PerContext = None,
+        top_k: PerContext = None,
+        top_p: PerContext = None,
+        min_p: PerContext = None,
+        max_new: PerContext = None,
+        first_item: int = 0,
+        hook_state: Any = (),
+        on_finished: Callable[[int, Completion], None] | None = None,
+    ) -> list[list[Completion]]:
+        """`n[i]` completions of `contexts[i]` (token ids, at least one).
+
+        Item j of context i draws its random numbers from (seed, step, first_item + n[0] + .. + n[i-1] + j, position).
+
+        Args:
+          max_new: most new tokens, at least 1; the engine's by default.
+          on_finished: called with (index of the item in this call, completion) while others are still decoded.
+        Raises:
+          ValueError: an empty or too long context, a limit outside 1..max_new, or a bad sampling parameter.
+          RuntimeError: no weights yet.
+        """
+        if self._weights is None:
+            raise RuntimeError("Engine.generate before Engine.set_weights")
+        limits, sampling = self._check(contexts, n, max_new, temperature, top_k, top_p, min_p)
+        owner = np.repeat(np.arange(len(contexts)), n)
+        if not len(owner):
+            return [[] for _ in contexts]
+        shards = self._deal(contexts, owner)
+        with jax.set_mesh(self.mesh):
+            keys = np.asarray(self._keys(seed, step, first_item + np.arange(_power(len(owner)), dtype=np.int32)))
+            pool, queue, counts = self._upload(contexts, owner, shards, keys, limits, sampling)
+            truncated = bool((sampling.top_k > 0).any() or (sampling.top_p < 1).any() or (sampling.min_p > 0).any())
+            done = _Results(len(owner), self.max_new, int(self.version or 0), on_finished)
+            first = np.array([items[0] if len(items) else 0 for items in shards])
+            self._loop(truncated, pool, queue, counts, jax.device_put(hook_state, self._everywhere), first, done)
+        self.stats = done.stats() | {"compilations": self.compilations, "contexts": len(contexts)}
+        completions = iter(done.completions)
+        return [[next(completions) for _ in range(k)] for k in n]  # type: ignore[misc]
+
+    def _check(self, contexts, n, max_new, temperature, top_k, top_p, min_p) -> tuple[np.ndarray, Sampling]:
+        """Per-context limits and sampling parameters as arrays."""
+        lengths = np.array([len(c) for c in contexts], int)
+        if len(n) != len(contexts):
+            raise ValueError(f"n: {len(n)} counts for {len(contexts)} contexts")
+        if len(lengths) and (lengths.min() < 1 or lengths.max() > self.max_prompt):
+            raise ValueError(f"contexts: {lengths.min()} to {lengths.max()} tokens, expected 1 to {self.max_prompt}")
+
+        def full(name: str, given: PerContext, dtype: Any) -> np.ndarray:
+            value = self.defaults[name] if given is None else given
+            array = np.broadcast_to(np.asarray(value, dtype), lengths.shape)
+            low, high = {"temperature": (0, np.inf), "top_k": (0, np.inf), "top_p": (0, 1), "min_p": (0, 1)}[name]
+            bad = ~((array >= low) & (array <= high)) | ((array == 0) & (name == "top_p"))
+            if bad.any():
+                raise ValueError(f"rollout.{name}: {array[bad][0]}, expected {low} to {high}")
+            return array
+
+        limits = np.broadcast_to(np.asarray(self.max_new if max_new is None else max_new, np.int32), lengths.shape)
+        if len(limits) and (limits.min() < 1 or limits.max() > self.max_new):
+            raise ValueError(f"rollout.max_new: {limits.min()} to {limits.max()}, expected 1 to {self.max_new}")
+        return limits, Sampling(
+            full("temperature", temperature, np.float32),
+            full("top_k", top_k, np.int32),
+            full("top_p", top_p, np.float32),
+            full("min_p", min_p, np.float32),
+        )
+
+    def _deal(self, contexts: Sequence[np.ndarray], owner: np.ndarray) -> list[np.ndarray]:
+        """Equal runs of items for the shards."""
+        return np.array_split(np.arange(len(owner)), self._shards)
+
+    def _upload(self, contexts, owner, shards, keys, limits, sampling) -> tuple[Any, decode.Job, jax.Array]:
+        """Prefilled contexts, queues and their lengths, for every shard."""
+        local = [np.unique(owner[items]) for items in shards]  # a group that straddles shards is prefilled in both
+        rows = _power(max(len(c) for c in local))
+        lengths = np.array([len(c) - 1 for c in contexts])
+        columns = min(_power(max(int(lengths.max()), MIN_COLUMNS)), self.max_prompt)
+        tokens = np.zeros((self._shards, rows, columns), np.int32)
+        size = _power(max(len(items) for items in shards))
+        pick = np.zeros((self._shards, size), int)  # items of the call; beyond a shard's count never taken
+        place = np.zeros((self._shards, size), np.int32)
+        for d, (mine, items) in enumerate(zip(local, shards)):
+            for row, c in enumerate(mine):
+                tokens[d, row, : lengths[c]] = contexts[c][:-1]
+            pick[d, : len(items)] = items
+            place[d, : len(items)] = np.searchsorted(mine, owner[items])
+        last = np.array([c[-1] for c in contexts], np.int32)
+        whose = owner[pick]
+        queue = decode.Job(
+            context=place,
+            length=lengths[whose].astype(np.int32),
+            token=last[whose],
+            limit=limits[whose],
+            key=keys[pick],
+            sampling=jax.tree.map(lambda x: x[whose], sampling),
+        )
+        batch = min(rows, _power(max(PREFILL_TOKENS // columns, 1)))
+        pool = self._prefill(batch, self._params, jax.device_put(tokens, self._shard), max(len(c) for c in local))
+        counts = np.array([len(items) for items in shards], np.int32)
+        return pool, jax.device_put(queue, self._shard), jax.device_put(counts, self._shard)
+
+    def _loop(self, truncated, pool, queue, counts, hook_state, first, done: "_Results") -> None:
+        """Decode until every shard has emptied its queue; sort logs into completions while the device goes on."""
+        size = -(-self.slots // self._shards) if self.slots else AUTO_SLOTS
+        if not self.batch_invariant:
+            size = min(size, queue.limit.shape[1])
+        slots = self._idle(size, pool[0].v.shape[-2], queue)
+        total = np.asarray(counts)
+        while True:
+            smaller = 0 if self.batch_invariant or size <= MIN_SLOTS else size // 2
+            # Alone, a shard may stop as soon as half its slots suffice; with others it would only wait for them.
+            shrink_at = smaller if self._shards == 1 else 0
+            slots, log, status = self._decode(
+                truncated, self._weights, pool, queue, counts, shrink_at, self._stop_table, hook_state, slots
+            )
+            live, taken, steps = np.asarray(status).T
+            finished = live.max() == 0 and (taken >= total).all()
+            if not finished and (taken >= total).all() and live.max() <= smaller:
+                used, size = size, min(smaller, max(MIN_SLOTS, _power(int(live.max()))))
+                slots = self._compact(size, slots)
+            else:
+                used = size
+            done.add(log, steps, first, used)
+            if finished:
+                return
+
+    def _compile(self, settings: decode.Settings) -> None:
+        """The jitted programs. Inside, every shard sees only its own leading index, which is dropped."""
+        spec, shard = settings.spec, PartitionSpec(SHARDED)
+
+        def counted(f: Callable) -> Callable:
+            def traced(*args):
+                self.compilations += 1  # the body runs once per compiled program
+                return f(*args)
+
+            return traced
+
+        def per_shard(f: Callable, in_specs: tuple) -> Callable:
+            def local(*args):
+                args = [jax.tree.map(lambda x: x[0], a) if s == shard else a for a, s in zip(args, in_specs)]
+                return jax.tree.map(lambda x: x[None], f(*args))
+
+            return jax.shard_map(
+                local, mesh=self.mesh, in_specs=in_specs, out_specs=shard, axis_names=set(SHARDED), check_vma=False
+            )
+
+        def prefill(batch, params, tokens, count):
+            return decode.prefill(spec, settings.dtype, batch, params, tokens, count)
+
+        def idle(size, length, queue):
+            f = partial(decode.idle_slots, spec, settings.dtype, size, settings.max_new, length)
+            return per_shard(f, (shard,))(queue)
+
+        def decode_(truncated, weights, pool, queue, count, shrink_at, table, hook_state, slots):
+            everywhere = PartitionSpec()
+            specs = (everywhere, shard, shard, shard, everywhere, everywhere, everywhere, shard)
+            f = per_shard(partial(decode.decode, settings, truncated), specs)
+            return f(weights, pool, queue, count, shrink_at, table, hook_state, slots)
+
+        def compact(size, slots):
+            return per_shard(partial(decode.compact, size), (shard,))(slots)
+
+        sizes = {"tp": self.mesh.shape["tp"]}
+        shapes = decoder.abstract(spec)
+        layout = jax.tree.map(
+            lambda leaf, axes: partition(axes, leaf.shape, sizes)[0], shapes, decoder.logical_axes(spec)
+        )
+        weights = {
+            "embed": layout["embed"],
+            "norm": layout["norm"],
+            "unembed": PartitionSpec(*layout["embed"][::-1]) if spec.tied else layout["unembed"],
+            "layers": [{k: PartitionSpec(*s[1:]) for k, s in layout["layers"].items()} for _ in range(spec.layers)],
+        }
+        weights = jax.tree.map(lambda s: NamedSharding(self.mesh, s), weights)
+        self._prepare = jax.jit(counted(partial(decode.prepare, spec, settings.dtype)), out_shardings=weights)
+        self._prefill = jax.jit(counted(prefill), static_argnums=0, out_shardings=self._shard)
+        self._idle = jax.jit(counted(idle), static_argnums=(0, 1))
+        self._decode = jax.jit(counted(decode_), static_argnums=0, donate_argnums=8)
+        self._compact = jax.jit(counted(compact), static_argnums=0)
+        self._keys = jax.jit(counted(item_keys))
+
+
+class _Results:
+    """Logs of the decode loop, sorted into completions."""
+
+    def __init__(self, items: int, max_new: int, version: int, on_finished: Callable[[int, Completion], None] | None):
+        self.tokens = np.zeros((items, max_new), np.int32)
+        self.sampler_logp = np.zeros((items, max_new), np.float32)
+        self.policy_logp = np.zeros((items, max_new), np.float32)
+        self.margins = np.full(items, np.inf, np.float32)  # smallest choice margin of each item
+        self.completions: list[Completion | None] = [None] * items
+        self.version, self.on_finished = version, on_finished
+        self.steps = self.slot_steps = self.new_tokens = self.close = 0
+
+    def add(self, log: decode.Log, steps: np.ndarray, first: np.ndarray, size: int) -> None:
+        """One log [D, C, S] of which each shard wrote `steps` rows; `first` is each shard's first item of the call."""
+        host = jax.device_get(log)
+        at = host.item >= 0
+        item, age = (host.item + first[:, None, None])[at], host.age[at]
+        self.tokens[item, age] = host.token[at]
+        self.sampler_logp[item, age] = host.sampler_logp[at]
+        self.policy_logp[item, age] = host.policy_logp[at]
+        np.minimum.at(self.margins, item, host.margin[at])
+        self.close += int(np.sum(host.margin[at] < CLOSE))
+        self.new_tokens += len(item)
+        self.steps += int(steps.max())
+        self.slot_steps += int(steps.max()) * size * len(steps)
+        reason = host.reason[at]
+        for i, n, why in zip(*(x[reason != decode.GOING] for x in (item, age + 1, reason))):
+            arrays = (x[i, :n].copy() for x in (self.tokens, self.sampler_logp, self.policy_logp))
+            self.completions[i] = Completion(*arrays, stop=STOP_NAMES[int(why)], version=self.version)
+            if self.on_finished is not None:
+                self.on_finished(int(i), self.completions[i])  # type: ignore[arg-type]
+
+    def stats(self) -> dict[str, Any]:
+        return {
+            "tokens": self.new_tokens,
+            "steps": self.steps,
+            "slot_utilisation": self.new_tokens / max(self.slot_steps, 1),
+            "min_margin": float(self.margins.min()),
+            "close_choices": self.close,
+            "item_margins": self.margins,
+        }
+
+
+def _power(n: int) -> int:
+    """The power of two at or above n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _pad(pieces: Sequence[bytes], vocab: int) -> list[bytes]:
+    """Pieces for every row of the vocabulary; rows without a token write nothing."""
+    return [*pieces, *[b""] * (vocab - len(pieces))]
