@@ -11,7 +11,11 @@ RUN_HELP = "a run directory, or YAML files; then overrides such as eval.size=64"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors of the user's input are one line and code 2."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, late = parser.parse_known_args(argv)
+    if late and (not hasattr(args, "config") or any(word.startswith("-") for word in late)):
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    if late:  # argparse takes positionals in one run: these came after an option
+        args.config += late
     if args.command is None:
         parser.print_help()
         return 0

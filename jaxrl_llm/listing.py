@@ -11,10 +11,10 @@ from jaxrl_llm.config_load import type_name
 
 def methods() -> str:
     """A table of all methods."""
-    rows = [("method", "axis", "paper", "spec from", "keeps", "extra cost")]
+    rows = [("method", "axis", "arXiv", "spec from", "keeps", "extra cost")]
     for name in algorithms.names():
         p = algorithms.paper(name)
-        rows.append((name, p.axis, f"{p.title} ({p.arxiv})" if p.arxiv else p.title, p.confidence, p.state, p.cost))
+        rows.append((name, p.axis, p.arxiv, p.confidence, p.state, p.cost))
     return _columns(rows)
 
 

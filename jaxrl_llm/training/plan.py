@@ -1,0 +1,216 @@
+"""What a training step of a config will do, computed from shapes alone: nothing is compiled, loaded or run."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_llm import algorithms
+from jaxrl_llm.algorithms.base import Algorithm
+from jaxrl_llm.config import Config, Optimizer
+from jaxrl_llm.models import critic, decoder, hf
+from jaxrl_llm.models.scorers import CHUNK_ELEMENTS
+from jaxrl_llm.models.spec import ModelSpec, from_hf
+from jaxrl_llm.sharding import rules
+from jaxrl_llm.sharding.mesh import AXES, shape_over
+from jaxrl_llm.tasks.text import load_text
+from jaxrl_llm.training import layouts
+from jaxrl_llm.training.layouts import Layout
+
+
+class Step(NamedTuple):
+    """Numbers of one training step."""
+
+    spec: ModelSpec
+    alg: Algorithm
+    mesh: dict[str, int]
+    group_size: int
+    rows: int  # prompts × group_size
+    minibatch_rows: int
+    layout: Layout
+    microbatches: int  # of a minibatch
+    parameters: dict[str, int]  # by label of the trainable
+    memory: dict[str, int]  # bytes of one device, by what they hold
+
+
+def describe(config: Config, devices: int | None = None) -> str:
+    """The text `jaxrl_llm plan` prints. `devices`: plan for this many instead of those present."""
+    p = make(config, jax.device_count() if devices is None else devices)
+    r, l, needs = config.rollout, config.learner, p.alg.needs
+    route = l.route if l.route != "auto" else "fused" if p.microbatches == 1 or p.alg.couples == "row" else "joint"
+    rescored = [*needs.rescore, *(["old_logp"] if l.old_logp == "rescore" else [])]
+    lines = [
+        ("run", f"{config.run.dir}: {config.run.steps} steps, seed {config.run.seed}"),
+        (
+            "model",
+            f"{p.spec.family}, {p.spec.layers} layers of width {p.spec.embed}, vocabulary {p.spec.vocab}, context "
+            f"{p.spec.max_positions}; {config.model.dtype} compute, {config.model.param_dtype} parameters",
+        ),
+        ("parameters", ", ".join(f"{label} {_count(n)}" for label, n in p.parameters.items())),
+        ("mesh", " × ".join(f"{axis} {n}" for axis, n in p.mesh.items()) + f" = {math.prod(p.mesh.values())} devices"),
+        ("method", f"{p.alg.name}, couples {p.alg.couples}, {route} route"),
+        ("views", f"differentiated: {_names(needs.loss)}; rescored: {_names(rescored)}"),
+        ("reference", config.reference.mode),
+        ("batch", f"{r.prompts} prompts × {p.group_size} completions = {p.rows} rows"),
+        (
+            "updates",
+            f"{l.epochs} epochs × {l.minibatches} minibatches of {p.minibatch_rows} rows × {p.microbatches} "
+            f"microbatches of {p.layout.sequences * p.layout.slots} rows",
+        ),
+        (
+            "tokens",
+            f"at most {r.prompts * r.max_prompt:,} of prompts and {p.rows * r.max_new:,} sampled; the learner runs "
+            f"{l.epochs * l.minibatches * p.microbatches * p.layout.sequences * p.layout.length:,} places a pass",
+        ),
+        (
+            "shapes",
+            f"decode [{_slots(config, p)}] slots over {r.max_prompt} + {r.max_new} tokens; learner "
+            f"[{p.layout.sequences}, {p.layout.length}] ({p.layout.name}), head "
+            f"[{p.layout.sequences}, {p.layout.slots * p.layout.completion}]",
+        ),
+    ]
+    width = max(len(name) for name, _ in lines)
+    memory = [("total", sum(p.memory.values())), *p.memory.items()]
+    return "\n".join(
+        [f"{name:<{width}}  {text}" for name, text in lines]
+        + ["", "memory of one device (arrays held are exact, activations an estimate)"]
+        + [f"  {_bytes(n):>10}  {name}" for name, n in memory]
+    )
+
+
+def make(config: Config, devices: int) -> Step:
+    """The numbers of a step on this many devices. Raises ValueError when the mesh does not fit them."""
+    sizes = dict(zip(AXES, shape_over(config.mesh, devices)))
+    if math.prod(sizes.values()) > devices:
+        raise ValueError(f"mesh: {sizes} needs {math.prod(sizes.values())} devices, there are {devices}")
+    fields = {k: v for k, v in config.algorithm.items() if k != "name"}
+    alg = algorithms.make(config.algorithm["name"], **fields)
+    spec = _spec(config)
+    r, l = config.rollout, config.learner
+    group_size = alg.plan(alg.init()).group_size or r.group_size
+    rows = r.prompts * group_size
+    per_update = -(-rows // l.minibatches)
+    shards = math.prod(sizes[a] for a in rules.RULES["batch"])
+    layout = layouts.choose(
+        l.layout,
+        rows=per_update,
+        microbatch_rows=l.microbatch_rows,
+        context=r.max_prompt,
+        completion=r.max_new,
+        group_size=group_size,
+        shards=shards,
+    )
+    microbatches = -(-per_update // (layout.sequences * layout.slots))
+    trees = _trees(config, spec, alg)
+    step = Step(spec, alg, sizes, group_size, rows, per_update, layout, microbatches, {}, {})
+    return step._replace(
+        parameters={
+            label: sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) for label, (tree, _) in trees.items()
+        },
+        memory=_memory(config, step, trees),
+    )
+
+
+def _spec(config: Config) -> ModelSpec:
+    if config.model.path:
+        return hf.load_spec(config.model.path)
+    return from_hf({"vocab_size": load_text(config.tokenizer).vocab, **(config.model.spec or {})})
+
+
+def _trees(config: Config, spec: ModelSpec, alg: Algorithm) -> dict[str, tuple[Any, Any]]:
+    """Shapes and logical axes of each trainable's parameters."""
+    dtype = jnp.dtype(config.model.param_dtype)
+    trees = {"policy": (decoder.abstract(spec, dtype), decoder.logical_axes(spec))}
+    if alg.needs.critic:
+        shapes = jax.eval_shape(lambda key: critic.init(spec, key, dtype), jax.random.key(0))
+        trees["critic"] = (shapes, critic.logical_axes(spec))
+    return trees
+
+
+def _memory(config: Config, step: Step, trees: dict[str, tuple[Any, Any]]) -> dict[str, int]:
+    param = jnp.dtype(config.model.param_dtype).itemsize
+    wide = max(param, 4)  # gradients and second moments have at least float32
+    count = {label: _per_device(tree, axes, step.mesh) for label, (tree, axes) in trees.items()}
+    settings = {"policy": config.optimizer, "critic": config.critic or config.optimizer}
+    memory = {}
+    for label, n in count.items():
+        memory[f"{label} parameters"] = n * param
+        memory[f"{label} moments"] = n * _moment_bytes(settings[label], wide)
+        memory[f"{label} gradients"] = n * wide
+    if config.reference.mode == "resident":
+        memory["reference parameters"] = count["policy"] * param
+    memory["generation: weights"] = count["policy"] * jnp.dtype(_decode_dtype(config)).itemsize
+    memory["generation: keys and values"] = _cache_bytes(config, step)
+    memory["learner: activations of a microbatch"] = _activation_bytes(config, step)
+    return memory
+
+
+def _per_device(tree: Any, axes: Any, sizes: dict[str, int]) -> int:
+    """Parameters of a tree that one device holds under the sharding rules."""
+
+    def one(leaf: Any, names: rules.Axes) -> int:
+        spec, _ = rules.partition(names, leaf.shape, sizes)
+        ways = [math.prod(sizes[a] for a in ((s,) if isinstance(s, str) else s)) for s in spec if s is not None]
+        return math.prod(leaf.shape) // math.prod(ways)
+
+    return sum(jax.tree.leaves(jax.tree.map(one, tree, axes)))
+
+
+def _moment_bytes(optimizer: Optimizer, wide: int) -> int:
+    return 0 if optimizer.name == "sgd" else np.dtype(jnp.dtype(optimizer.moment_dtype)).itemsize + wide
+
+
+def _decode_dtype(config: Config) -> str:
+    return config.model.dtype if config.rollout.dtype == "same" else config.rollout.dtype
+
+
+def _slots(config: Config, step: Step) -> int:
+    return config.rollout.slots or step.rows
+
+
+def _cache_bytes(config: Config, step: Step) -> int:
+    """Keys and values: of every context once, and per slot its context's copy and its own tokens."""
+    r, spec = config.rollout, step.spec
+    tokens = r.prompts * r.max_prompt + _slots(config, step) * (r.max_prompt + r.max_new)
+    heads = spec.kv_heads // step.mesh["tp"] if spec.kv_heads % step.mesh["tp"] == 0 else spec.kv_heads
+    shards = math.prod(step.mesh[a] for a in rules.RULES["batch"])
+    return 2 * tokens * spec.layers * heads * spec.head_dim * jnp.dtype(_decode_dtype(config)).itemsize // shards
+
+
+def _activation_bytes(config: Config, step: Step) -> int:
+    """What the backward pass of a microbatch keeps, by the remat setting, one layer recomputed, and the head's logits."""
+    spec, layout = step.spec, step.layout
+    item = jnp.dtype(config.model.dtype).itemsize
+    d, q, kv, mlp = spec.embed, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.mlp
+    stream = d * item
+    products = (2 * d + q + 2 * kv + 2 * mlp) * item  # outputs of the weight matrices
+    scores = 2 * spec.heads * layout.length * max(item, 4)
+    everything = products + (9 * d + 5 * q + 4 * kv + 3 * mlp) * item + scores  # norms, rotations, gates
+    kept = {"none": everything, "dots": stream + products, "full": stream}[config.model.remat]
+    once = 0 if config.model.remat == "none" else everything
+    shards = math.prod(step.mesh[a] for a in rules.RULES["batch"])
+    tokens = layout.sequences * layout.length // shards
+    scored = layout.sequences * layout.slots * layout.completion // shards
+    logits = min(scored, config.model.head_chunk or scored) * spec.vocab
+    if not config.model.head_chunk:
+        logits = min(logits, CHUNK_ELEMENTS)
+    return (kept * spec.layers + once) * tokens + 2 * 4 * logits  # and their gradient, float32
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _count(n: int) -> str:
+    return f"{n:,} ({n / 1e6:.3g} M)"
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024 or unit == "GiB":
+            return f"{n:.4g} {unit}"
+        n /= 1024
+    raise AssertionError
