@@ -27,8 +27,8 @@ class Writers:
         self._samples = _open_at(directory / "samples.jsonl", position["samples"])
         self._step = position["step"]
         # tensorboard hides events at and after `purge_step` that were written before this one.
-        purge = {} if self._step < 0 else {"purge_step": self._step + 1}
-        self._board = SummaryWriter(str(directory / "tensorboard"), flush_secs=30, **purge)
+        purge = None if self._step < 0 else self._step + 1
+        self._board = SummaryWriter(str(directory / "tensorboard"), flush_secs=30, purge_step=purge)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, on disk when this returns, and tensorboard scalars. Non-finite values become null."""

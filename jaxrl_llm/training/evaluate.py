@@ -14,7 +14,7 @@ from jaxrl_llm.reporting.samples import Sample, from_rows
 from jaxrl_llm.rollout.collectors import row_of
 from jaxrl_llm.rollout.driver import reward_rows
 from jaxrl_llm.rollout.rows import Row
-from jaxrl_llm.tasks.base import Prompt, Task
+from jaxrl_llm.tasks.base import Prompt, Record, Task
 from jaxrl_llm.training.metrics import of_rows
 
 SEED_OFFSET = 1_000_003  # evaluation never draws the random numbers of training
@@ -100,7 +100,7 @@ def evaluate(
     engine: Any,
     prompts: Sequence[Prompt],
     task: Task,
-    score: Callable[[list], list[dict[str, float | None]]],
+    score: Callable[[Sequence[tuple[str, Record]]], list[dict[str, float | None]]],
     decode: Callable[[Any], str],
     settings: config.Eval,
     *,

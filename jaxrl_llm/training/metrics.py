@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +107,7 @@ class Timer:
     def take(self) -> dict[str, float]:
         """`timing/<phase>`, `timing/other` and `timing/step` (their sum) since the last call, and begin anew."""
         self._charge()
-        spent = {name: self._spent.pop(name, 0.0) for name in (*PHASES, *self._spent)}
+        spent = {**dict.fromkeys(PHASES, 0.0), **self._spent}
         began, self._began = self._began, self._mark
         self._spent = {}
         whole = self._mark - began
@@ -147,7 +148,7 @@ PEAKS = {
 }
 
 
-def peak_flops(device: jax.Device | None = None) -> float:
+def peak_flops(device: Any = None) -> float:
     """Peak FLOP/s of a device: the maker's figure when known, else the speed of a large float32 matrix product."""
     device = device or jax.local_devices()[0]
     for kind, peak in PEAKS.items():
@@ -187,7 +188,7 @@ class Compilations:
     def close(self) -> None:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
-    def _listen(self, event: str, seconds: float, **_: object) -> None:
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         self._count += event == "/jax/core/compile/backend_compile_duration"
 
 

@@ -112,8 +112,8 @@ def first_difference(a: Any, b: Any, path: str = "") -> tuple[str, Any, Any] | N
 
 def _check_same(saved: Any, config: dict[str, Any], path: Path) -> None:
     # Where the run lives does not change what it computes: a moved directory resumes.
-    without_dir = [{**c, "run": {k: v for k, v in c.get("run", {}).items() if k != "dir"}} for c in (saved, config)]
-    if difference := first_difference(*without_dir):
+    before, now = ({**c, "run": {k: v for k, v in c.get("run", {}).items() if k != "dir"}} for c in (saved, config))
+    if difference := first_difference(before, now):
         key, before, now = difference
         raise ValueError(
             f"run.dir={path}: holds a run with {key}={before!r}, this one has {now!r}; expected the same config to resume, "
