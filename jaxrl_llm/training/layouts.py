@@ -1,0 +1,260 @@
+"""How rows are executed: padded, packed, or with each context once. The gradient is the same.
+
+A layout is arithmetic on the host: it places contexts and completions in sequences of one fixed length and records, for
+each completion token, where the hidden state that predicts it will be. The device then runs `hidden` on one `Piece` (a
+microbatch) after another; only completion positions leave it, so only they reach the output head.
+
+  padded   a sequence is one row: context, completion, padding.
+  packed   a sequence holds several rows, first-fit decreasing; segments keep them apart, positions restart.
+  shared   a sequence is one context followed by slots for the completions of its group. The context runs forward and
+           backward once; a completion attends to it and to itself in two parts joined exactly (`attention.two_part`).
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrl_llm.models import attention, decoder
+from jaxrl_llm.models.spec import ModelSpec
+from jaxrl_llm.types import Params, Rollouts
+
+
+class Layout(NamedTuple):
+    """Static description of how rows are executed.
+
+    sequences: sequences of one piece.
+    context, completion: room for a context and a completion, in tokens (L and T).
+    slots: completions that share a context in one sequence (shared layout; 1 otherwise).
+    """
+
+    name: Literal["padded", "packed", "shared"]
+    sequences: int
+    context: int
+    completion: int
+    slots: int = 1
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return self.context + self.slots * self.completion
+
+
+class Piece(NamedTuple):
+    """One microbatch as the model executes it: n sequences of S tokens, K completion tokens of each to score.
+
+    `slot` says where a scored token belongs, as an index into the minibatch's flat [B * T]; B * T where there is none.
+    """
+
+    tokens: Int[Array, "n S"]
+    positions: Int[Array, "n S"]
+    segment: Int[Array, "n S"]  # tokens see tokens of their own segment only; 0 is padding
+    at: Int[Array, "n K"]  # where in the sequence the hidden state is that predicts the token
+    target: Int[Array, "n K"]
+    slot: Int[Array, "n K"]
+    rows: Bool[Array, "B"]  # rows of the minibatch this piece answers for
+
+
+class HostRows(NamedTuple):
+    """What arranging needs of `Rollouts`, as numpy arrays."""
+
+    prompt_tokens: np.ndarray  # [P, L]
+    prompt_length: np.ndarray  # [P]
+    prompt: np.ndarray  # [B]
+    tokens: np.ndarray  # [B, T]
+    length: np.ndarray  # [B]
+    block: np.ndarray  # [B]
+
+    def take(self, index: np.ndarray, block: np.ndarray) -> "HostRows":
+        """Rows by index, in new blocks; -1 makes an empty row."""
+        at = np.maximum(index, 0)
+        length = np.where(index >= 0, self.length[at], 0)
+        return HostRows(self.prompt_tokens, self.prompt_length, self.prompt[at], self.tokens[at], length, block)
+
+
+def host_rows(rows: Rollouts) -> HostRows:
+    return HostRows(*(np.asarray(getattr(rows, name)) for name in HostRows._fields))
+
+
+def choose(
+    name: Literal["padded", "packed", "shared"],
+    *,
+    rows: int,
+    microbatch_rows: int,
+    context: int,
+    completion: int,
+    group_size: int = 1,
+    shards: int = 1,
+) -> Layout:
+    """The layout of minibatches of `rows` rows.
+
+    microbatch_rows: rows executed together; 0: all of them (packed: sequences executed together; 0: a quarter of the
+      rows, since how many sequences packing needs is known only with the data).
+    shards: the number of sequences is a multiple of it (devices the batch is split over).
+    """
+    at_once = microbatch_rows or (-(-rows // 4) if name == "packed" else rows)
+    slots = max(1, min(group_size, at_once)) if name == "shared" else 1
+    sequences = -(-at_once // slots)
+    return Layout(name, -(-sequences // shards) * shards, context, completion, slots)
+
+
+def _ragged(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(owner, offset) of each element of concatenated runs of these lengths."""
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+class _Placed(NamedTuple):
+    """Where contexts and completions go; arrays of one entry per context and per completion."""
+
+    count: int  # sequences
+    context: np.ndarray  # index of the context
+    context_sequence: np.ndarray
+    context_offset: np.ndarray
+    context_segment: np.ndarray
+    row: np.ndarray  # completions
+    sequence: np.ndarray
+    offset: np.ndarray  # of the first completion token in its sequence
+    scored_offset: np.ndarray  # of the first completion token among the K scored ones
+    before: np.ndarray  # offset of the context's last token, which predicts the first completion token
+    segment: np.ndarray
+
+
+def _place_own_context(
+    rows: HostRows, run: np.ndarray, sequence: np.ndarray, start: np.ndarray, k: np.ndarray
+) -> _Placed:
+    """Rows that bring their own copy of the context, at `start` of `sequence`; each row is a segment."""
+    context = rows.prompt[run]
+    n = rows.prompt_length[context]
+    segment = np.arange(len(run)) + 1
+    count = int(sequence.max(initial=-1)) + 1
+    return _Placed(count, context, sequence, start, segment, run, sequence, start + n, k, start + n - 1, segment)
+
+
+def _padded(rows: HostRows, run: np.ndarray, layout: Layout) -> _Placed:
+    zero = np.zeros(len(run), int)
+    return _place_own_context(rows, run, np.arange(len(run)), zero, zero)
+
+
+def _packed(rows: HostRows, run: np.ndarray, layout: Layout) -> _Placed:
+    """First-fit decreasing; a sequence also holds at most T completion tokens, so the head's work is bounded."""
+    completion = rows.length[run]
+    size = rows.prompt_length[rows.prompt[run]] + completion
+    used, scored = np.zeros(len(run), int), np.zeros(len(run), int)
+    sequence, start, k = (np.zeros(len(run), int) for _ in range(3))
+    for i in np.argsort(-size, kind="stable"):
+        fits = (used + size[i] <= layout.length) & (scored + completion[i] <= layout.completion)
+        s = int(np.argmax(fits))
+        sequence[i], start[i], k[i] = s, used[s], scored[s]
+        used[s] += size[i]
+        scored[s] += completion[i]
+    return _place_own_context(rows, run, sequence, start, k)
+
+
+def _shared(rows: HostRows, run: np.ndarray, layout: Layout) -> _Placed:
+    """Rows of one context fill the slots behind it; a context with more rows than slots runs more than once."""
+    prompt = rows.prompt[run]
+    _, first, inverse = np.unique(prompt, return_index=True, return_inverse=True)
+    order = np.argsort(first[inverse], kind="stable")  # contexts in the order of their first rows
+    run, prompt = run[order], prompt[order]
+    i = np.arange(len(run))
+    begins = np.concatenate([[True], prompt[1:] != prompt[:-1]])[: len(run)]
+    nth = i - np.maximum.accumulate(np.where(begins, i, 0))  # among the rows of its context
+    opens, place = nth % layout.slots == 0, nth % layout.slots
+    context = prompt[opens]
+    count = len(context)
+    zero, one = np.zeros(count, int), np.ones(count, int)
+    k = place * layout.completion
+    before = rows.prompt_length[prompt] - 1
+    sequence = np.cumsum(opens) - 1
+    return _Placed(count, context, np.arange(count), zero, one, run, sequence, layout.context + k, k, before, place + 2)
+
+
+_PLACE: dict[str, Callable[[HostRows, np.ndarray, Layout], _Placed]] = {
+    "padded": _padded,
+    "packed": _packed,
+    "shared": _shared,
+}
+
+
+def arrange(layout: Layout, rows: HostRows) -> tuple[list[Piece], np.ndarray]:
+    """A minibatch as pieces of equal shapes, at least one, and the piece of each row [B].
+
+    Rows without completion tokens are not executed; they belong to the piece of their block, or to the first.
+    Raises ValueError when a row to execute has an empty context: nothing would predict its first token.
+    """
+    length = rows.length
+    run = np.flatnonzero(length > 0)
+    empty = run[rows.prompt_length[rows.prompt[run]] == 0]
+    if len(empty):
+        raise ValueError(f"prompt_length: row {empty[0]} has an empty context, expected at least one token")
+    placed = _PLACE[layout.name](rows, run, layout)
+    count = max(1, -(-placed.count // layout.sequences))
+    n, S, K = count * layout.sequences, layout.length, layout.slots * layout.completion
+    B, T = rows.tokens.shape
+    tokens, positions, segment = (np.zeros((n, S), np.int32) for _ in range(3))
+    if layout.name == "shared":
+        segment[:, 0] = 1  # an unused sequence has a context of one pad token: no empty softmax anywhere
+    at, target = (np.zeros((n, K), np.int32) for _ in range(2))
+    slot = np.full((n, K), B * T, np.int32)
+
+    owner, t = _ragged(rows.prompt_length[placed.context])
+    where = placed.context_sequence[owner], placed.context_offset[owner] + t
+    tokens[where] = rows.prompt_tokens[placed.context[owner], t]
+    positions[where], segment[where] = t, placed.context_segment[owner]
+
+    owner, t = _ragged(length[placed.row])
+    row, sequence = placed.row[owner], placed.sequence[owner]
+    where = sequence, placed.offset[owner] + t
+    tokens[where] = rows.tokens[row, t]
+    positions[where] = rows.prompt_length[rows.prompt[row]] + t
+    segment[where] = placed.segment[owner]
+    where = sequence, placed.scored_offset[owner] + t
+    at[where] = np.where(t == 0, placed.before[owner], placed.offset[owner] + t - 1)
+    target[where] = rows.tokens[row, t]
+    slot[where] = row * T + t
+
+    piece_of = np.full(B, -1)
+    piece_of[placed.row] = placed.sequence // layout.sequences
+    block = rows.block
+    of_block = dict(zip(block[placed.row].tolist(), piece_of[placed.row].tolist()))
+    for b in np.flatnonzero(piece_of < 0):
+        piece_of[b] = of_block.get(int(block[b]), 0)
+    split = [x.reshape(count, layout.sequences, -1) for x in (tokens, positions, segment, at, target, slot)]
+    return [Piece(*(x[i] for x in split), rows=piece_of == i) for i in range(count)], piece_of
+
+
+def hidden(
+    spec: ModelSpec,
+    params: Params,
+    layout: Layout,
+    piece: Piece,
+    *,
+    dtype: Any,
+    remat: str = "none",
+) -> Float[Array, "n K D"]:
+    """Hidden states after the final norm that predict the completion tokens of a piece."""
+    attend = _attend_shared(layout, piece) if layout.name == "shared" else attention.causal(piece.segment)
+    states, _ = decoder.forward(spec, params, piece.tokens, piece.positions, attend, dtype=dtype, remat=remat)
+    return jnp.take_along_axis(states, piece.at[..., None], axis=1)
+
+
+def _attend_shared(layout: Layout, piece: Piece) -> attention.Attend:
+    """Contexts attend to themselves; completions to their context and, causally, to themselves."""
+    L, G, T = layout.context, layout.slots, layout.completion
+    alone = attention.causal(piece.segment[:, :L])
+    valid = piece.segment[:, None, None, :L] > 0
+    position = piece.positions[:, L:].reshape(-1, G, T)
+
+    def attend(info: attention.LayerInfo, q: Array, k: Array, v: Array) -> tuple[Array, None]:
+        context, _ = alone(info, q[:, :L], k[:, :L], v[:, :L])
+        q_own, k_own, v_own = (x[:, L:].reshape(-1, G, T, *x.shape[2:]) for x in (q, k, v))
+        to_context = valid & attention.visible(position[..., None], jnp.arange(L), info.window)
+        t = jnp.arange(T)
+        to_own = attention.visible(t[:, None], t[None, :], info.window)[None, None]
+        own = attention.two_part(q_own, k[:, :L], v[:, :L], to_context, k_own, v_own, to_own, info.scale)
+        return jnp.concatenate([context, own.reshape(-1, G * T, *own.shape[3:])], axis=1), None
+
+    return attend
