@@ -142,7 +142,9 @@ def _memory(config: Config, step: Step, trees: dict[str, tuple[Any, Any]]) -> di
         memory[f"{label} gradients"] = n * wide
     if config.reference.mode == "resident":
         memory["reference parameters"] = count["policy"] * param
-    memory["generation: weights"] = count["policy"] * jnp.dtype(_decode_dtype(config)).itemsize
+    replicated = {**step.mesh, **dict.fromkeys(rules.RULES["batch"], 1)}  # the engine splits weights over tp only
+    weights = _per_device(*trees["policy"], replicated)
+    memory["generation: weights"] = weights * jnp.dtype(_decode_dtype(config)).itemsize
     memory["generation: keys and values"] = _cache_bytes(config, step)
     memory["learner: activations of a microbatch"] = _activation_bytes(config, step)
     return memory
