@@ -47,7 +47,7 @@ class Stream:
         self._prompts = prompts
         self._seed = seed
         self._process, self._processes = process, processes
-        self._order = grain.MapDataset.source(range(len(prompts))).seed(seed).shuffle().repeat()
+        self._order = grain.MapDataset.source(prompts).seed(seed).shuffle().repeat()
         self._drawn = 0  # of the epochs' order, by this process
         self._weighted = 0  # weighted draws made
 
@@ -55,7 +55,8 @@ class Stream:
         """The next `n` prompts of this process; epochs follow each other without a seam."""
         first = self._drawn
         self._drawn += n
-        return [self._prompts[self._order[i * self._processes + self._process]] for i in range(first, first + n)]
+        mine = range(first * self._processes + self._process, (first + n) * self._processes, self._processes)
+        return [prompt for i in mine if (prompt := self._order[i]) is not None]
 
     def draw_weighted(self, n: int, weights: np.ndarray) -> list[Prompt]:
         """`n` different prompts, drawn without replacement in proportion to `weights` [ids], indexed by `Prompt.id`.
