@@ -85,7 +85,9 @@ def _run(made: Parts, params: Params, run: RunDir, stop: Stop, progress: Progres
             if warm is None:
                 return 0
             params = warm
-        training = Training(alg, Learner(config, made.spec, alg, made.mesh, params), jax.jit(alg.credit), on_rows)
+        learner = Learner(config, made.spec, alg, made.mesh)
+        learner.init(params)
+        training = Training(alg, learner, jax.jit(alg.credit), on_rows)
         if fresh:
             writers = Writers(run.path)
             before = _held_out(made, training, 0, "before RL", writers, progress)
@@ -157,6 +159,7 @@ def step(
     plan = plan._replace(group_size=plan.group_size or config.rollout.group_size)
 
     progress.activity("collect")
+    failed = made.scorer.counts
     with timer.phase("collect"):
         rows = collect(made, learner.train.params["policy"], plan, at.step)
         if training.on_rows:
@@ -178,9 +181,9 @@ def step(
         learner.sync_reference()
 
     advantage = np.asarray(credit.advantage)
-    numbers = metrics.of_rows(rows, made.task.rewards, made.task.correct_at) | metrics.values(report.metrics)
+    numbers = metrics.of_rows(rows, made.task.rewards, made.task.correct_at) | learner.numbers(report)
     numbers |= metrics.of_batch(batch, advantage, rescored=config.learner.old_logp == "rescore")
-    numbers |= {f"unscored/{cause}": float(n) for cause, n in made.scorer.take_counts().items()}
+    numbers |= {f"unscored/{cause}": float(n - failed[cause]) for cause, n in made.scorer.counts.items()}
     numbers |= {"updates": float(report.updates), "dropped_prompts": float(made.dropped)}
     numbers |= timer.take()
     numbers |= metrics.throughput(rows, numbers)
@@ -275,7 +278,7 @@ def restore(made: Parts, training: Training, state: State, checkpoints: Checkpoi
     found = checkpoints.restore_latest({"train": training.learner.train, "state": state})
     assert found is not None  # the caller saw a step
     step, tree, host, memory = found
-    training.learner.train = tree["train"]
+    training.learner.load(tree["train"])
     made.prompts.restore(host["prompts"])
     return Position(step, tree["state"], memory, host["before"]), host["written"]
 

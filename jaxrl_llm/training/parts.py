@@ -33,12 +33,15 @@ class Parts:
     scorer: Scorer
     timer: metrics.Timer
     engines: dict[Any, Engine] = field(default_factory=dict)
+    loaded: dict[Any, Params] = field(default_factory=dict)  # the weights each engine holds
 
     def engine(self, params: Params, version: int, hook: Any = None) -> Engine:
         """The engine compiled with this sampler hook, holding these weights."""
         if hook not in self.engines:
             self.engines[hook] = build.engine(self.config, self.spec, self.mesh, self.words, hook=hook)
-        self.engines[hook].set_weights(params, version)
+        if self.loaded.get(hook) is not params:
+            self.engines[hook].set_weights(params, version)
+            self.loaded[hook] = params
         return self.engines[hook]
 
     def reward(self, rows: Sequence[Row]) -> None:
