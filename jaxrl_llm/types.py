@@ -106,8 +106,8 @@ class Credit:
     extras: dict[str, Array] = field(default_factory=dict)
 
 
-def take_rows(rows: Rollouts, credit: Credit, index: Int[Array, "n"]) -> tuple[Rollouts, Credit]:
-    """Rows and their unweighted credit by index, in that order and repeatable; -1 makes a padding row.
+def take(rows: Rollouts, index: Int[Array, "n"]) -> Rollouts:
+    """Rows by index, in that order and repeatable; -1 makes a padding row.
 
     A padding row trains nothing and is in no statistic; every taken row is a block of its own. Contexts are kept whole.
     """
@@ -115,7 +115,7 @@ def take_rows(rows: Rollouts, credit: Credit, index: Int[Array, "n"]) -> tuple[R
     own = jnp.arange(len(index), dtype=jnp.int32)
     names = [f.name for f in fields(Rollouts) if f.name not in ("prompt_tokens", "prompt_length", "extras")]
     taken = replace(rows, **jax.tree.map(lambda x: jnp.asarray(x)[at], {n: getattr(rows, n) for n in names}))
-    taken = taken.with_(
+    return taken.with_(
         extras={name: jnp.asarray(x)[at] for name, x in rows.extras.items()},
         group=jnp.where(keep, taken.group, -1 - own),
         length=jnp.where(keep, taken.length, 0),
@@ -124,8 +124,13 @@ def take_rows(rows: Rollouts, credit: Credit, index: Int[Array, "n"]) -> tuple[R
         scored=taken.scored & keep,
         block=own,
     )
+
+
+def take_rows(rows: Rollouts, credit: Credit, index: Int[Array, "n"]) -> tuple[Rollouts, Credit]:
+    """`take` of rows together with their unweighted credit."""
+    keep, at = index >= 0, jnp.maximum(index, 0)
     credit = jax.tree.map(lambda x: jnp.asarray(x)[at], credit)
-    return taken, replace(credit, advantage=jnp.where(keep[:, None], credit.advantage, 0))
+    return take(rows, index), replace(credit, advantage=jnp.where(keep[:, None], credit.advantage, 0))
 
 
 class Mean(NamedTuple):
