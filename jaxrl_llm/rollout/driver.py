@@ -48,7 +48,8 @@ def reward_rows(
     """
     for row in rows:
         row.text = decode(row.tokens)
-    for row, parts in zip(rows, score([(row.text or "", row.prompt.record) for row in rows])):
+    asked = [(row.text or "", {**row.prompt.record, "completion_tokens": len(row.tokens)}) for row in rows]
+    for row, parts in zip(rows, score(asked)):
         row.parts = {name: value for name, value in parts.items() if value is not None}
         row.scored = len(row.parts) == len(rewards)
         row.reward = np.array([r.weight * row.parts.get(r.name, 0.0) for r in rewards], np.float32)

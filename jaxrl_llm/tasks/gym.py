@@ -5,8 +5,11 @@ the entry its generator made, whatever it holds.
 """
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
@@ -24,12 +27,21 @@ def load(config: GymTask, seed: int) -> Task:
     The held-out ones come first, so they depend on the seed and the generators, not on `size`. Raises ValueError for an
     unknown generator, bad settings of one, or one that cannot make enough different problems.
     """
+    held_out, train = _with_fixed_hashes(config, seed)
+    options = {"answer_pattern": config.answer_pattern} if config.answer_pattern else {}
+    name = "+".join(d.name for d in config.datasets)
+    return Task(name, train, held_out, (RewardSpec(name, "gym", 1.0, options),))
+
+
+def generate(config: GymTask, seed: int) -> tuple[list[Record], list[Record]]:
+    """(held-out, training) records; some generators follow the order of a set, so strings must hash alike every time."""
     rng = random.Random(f"mixture {seed}")
     streams = [_entries(d, f"{seed} {k}") for k, d in enumerate(config.datasets)]
     shares = [d.weight for d in config.datasets]
+    wanted = config.eval_size + config.size
     seen: set[str] = set()
 
-    def fresh() -> dict[str, Any]:
+    def fresh() -> Record:
         k = rng.choices(range(len(streams)), shares)[0]
         for _ in range(_PATIENCE):
             record = _record(config, *next(streams[k]))
@@ -37,22 +49,40 @@ def load(config: GymTask, seed: int) -> Task:
                 seen.add(record["prompt"])
                 return record
         raise ValueError(
-            f"task.datasets: {config.datasets[k].name} made only {len(seen)} of {config.eval_size + config.size} different "
-            "prompts, expected smaller task.size and task.eval_size or settings with more problems"
+            f"task.datasets: {config.datasets[k].name} has no more different prompts after {len(seen)} of the {wanted} "
+            "wanted, expected a smaller task.size or settings that make more problems"
         )
 
-    held_out = [fresh() for _ in range(config.eval_size)]
-    train = [fresh() for _ in range(config.size)]
-    options = {"answer_pattern": config.answer_pattern} if config.answer_pattern else {}
-    name = "+".join(d.name for d in config.datasets)
-    return Task(name, train, held_out, (RewardSpec(name, "gym", 1.0, options),))
+    records = [fresh() for _ in range(wanted)]
+    return records[: config.eval_size], records[config.eval_size :]
+
+
+def _with_fixed_hashes(config: GymTask, seed: int) -> tuple[list[Record], list[Record]]:
+    """`generate`, in a Python whose string hashes are not random (PYTHONHASHSEED=0, as in reward workers)."""
+    if not sys.flags.hash_randomization:
+        return generate(config, seed)
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxrl_llm.tasks.gym"],
+        input=json.dumps({"config": config.model_dump(), "seed": seed}).encode(),
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
+    )
+    if done.returncode:
+        raise ValueError(f"task.datasets: generating problems failed with exit status {done.returncode}")
+    answer = json.loads(done.stdout.splitlines()[-1])
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return answer["held_out"], answer["train"]
 
 
 def score(answer: str, record: Record) -> float:
     """What the generator that made the problem gives for an answer, in [0, 1]."""
     made = record["gym"]
     key = json.dumps(made["config"], sort_keys=True)
-    return _generator(made["name"], key).score_answer(answer, _entry(made["name"], key, made["index"]))
+    entry = _entry(made["name"], key, made["index"])
+    if entry["answer"] != record["answer"]:
+        raise RuntimeError(f"{made['name']} made another problem this time; score in workers, with fixed string hashes")
+    return _generator(made["name"], key).score_answer(answer, entry)
 
 
 def _entries(dataset: DataSet, stream: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -104,3 +134,17 @@ def _generator(name: str, settings: str) -> Any:
 @lru_cache(maxsize=1024)
 def _entry(name: str, settings: str, index: int) -> Mapping[str, Any]:
     return _generator(name, settings)[index]
+
+
+def _main() -> None:
+    asked = json.load(sys.stdin)
+    try:
+        held_out, train = generate(GymTask(**asked["config"]), asked["seed"])
+        answer = {"held_out": held_out, "train": train}
+    except ValueError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    _main()

@@ -57,11 +57,6 @@ class Text:
             raise ValueError("prompt: is empty and the tokenizer adds no bos token; nothing to continue")
         return tokens
 
-    def encode_target(self, target: Record | str) -> np.ndarray:
-        """A worked answer as int32 [n] tokens, ended by eos. Every one of them trains, also when eos == pad."""
-        text = target if isinstance(target, str) else target["target"]
-        return np.append(self.encode(text), np.int32(self.eos_ids[0]))
-
     def next_turn(
         self, context: np.ndarray, completion: np.ndarray, turn: str | Sequence[Mapping[str, str]]
     ) -> np.ndarray:

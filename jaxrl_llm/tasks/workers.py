@@ -64,7 +64,7 @@ class Scorer:
     """Scores (completion, record) rows; results keep their order and do not depend on the number of workers.
 
     A part that takes the row past `timeout` seconds, raises, kills its process, or returns no finite number is None and
-    counted in `counts` by cause; parts computed before it are kept, those after it are None and not counted. Processes that
+    counted by cause (`take_counts`); parts computed before it are kept, those after it are None and not counted. Processes that
     a row leaves behind are killed with its worker. Workers see only basic environment variables and those named in `env`.
 
     Parts named "judge" are requests made by this process, within the judge's own limits. With `workers` 0 the other parts
@@ -115,11 +115,12 @@ class Scorer:
         """Score rows and wait; one dict of parts per row, in order."""
         return [pending.result() for pending in [self.submit(*row) for row in rows]]
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """Parts that could not be computed so far, by cause: timeout, error, crash, invalid."""
+    def take_counts(self) -> dict[str, int]:
+        """Parts that could not be computed since the last call, by cause: timeout, error, crash, invalid."""
         with self._lock:
-            return {cause: self._counts[cause] for cause in CAUSES}
+            taken = {cause: self._counts[cause] for cause in CAUSES}
+            self._counts.clear()
+        return taken
 
     def close(self) -> None:
         """Kill the workers and everything they started; rows not yet scored are cancelled."""

@@ -55,7 +55,7 @@ def make(config: Config) -> tuple[Parts, Params]:
     Raises ValueError in one line for anything the config names that is not there or does not fit.
     """
     words, mesh = build.text(config), build.mesh(config)
-    task = load_task(config.task, config.rewards, config.run.seed)
+    task = load_task(config.task, config.rewards, config.run.seed, config.rollout.max_new)
     limit, overlong = config.rollout.max_prompt, config.rollout.overlong
     prompts, dropped = tokenize(task.train, words, limit, overlong)
     held_out = tokenize(task.eval[: config.eval.size], words, limit, overlong).prompts
@@ -69,7 +69,7 @@ def make(config: Config) -> tuple[Parts, Params]:
         prompts=Stream(prompts, config.run.seed),
         held_out=held_out,
         dropped=dropped,
-        scorer=Scorer(task.rewards, config.rewards.workers, config.rewards.timeout),
+        scorer=Scorer(task.rewards, config.rewards.workers, config.rewards.timeout, config.rewards.env),
         timer=metrics.Timer(),
     )
     return parts, params
