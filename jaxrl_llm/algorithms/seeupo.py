@@ -103,11 +103,10 @@ def build(config: Config) -> Algorithm:
     def loss(state: State, views: Views, rows: Rollouts, credit: Credit) -> tuple[jax.Array, Metrics]:
         mask = rows.trained
         sequence = config.ratio == "sequence"
-        ratio_of = ratios.sequence_token if sequence else ratios.token
-        ratio = ratio_of(views.logp, rows.old_logp, mask)
         if sequence:
-            cap = jnp.exp(jnp.asarray(10.0, ratio.dtype))
-            ratio = jnp.minimum(ratio, cap)
+            ratio = ratios.sequence_token(views.logp, rows.old_logp, mask, cap=10.0)
+        else:
+            ratio = ratios.token(views.logp, rows.old_logp, mask)
         dual_clip = None if sequence else config.dual_clip
         clipped = surrogates.clipped(ratio, credit.advantage, mask, config.clip_low, config.clip_high, dual_clip)
         total = weighted_sum(clipped.loss, credit.weight)

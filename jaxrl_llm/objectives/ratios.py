@@ -28,11 +28,16 @@ def sequence(logp: Float[Array, "B T"], old_logp: Float[Array, "B T"], mask: Boo
 
 
 def sequence_token(
-    logp: Float[Array, "B T"], old_logp: Float[Array, "B T"], mask: Bool[Array, "B T"]
+    logp: Float[Array, "B T"], old_logp: Float[Array, "B T"], mask: Bool[Array, "B T"], cap: float | None = None
 ) -> Float[Array, "B T"]:
-    """GSPO-token: value `sequence`, derivative s on the own token only: sg(s) * exp(logp_t - sg(logp_t))."""
-    own = jnp.exp(log_ratio(logp, jax.lax.stop_gradient(logp), mask))
-    return jax.lax.stop_gradient(sequence(logp, old_logp, mask)) * own
+    """GSPO-token: value `sequence`, derivative s on the own token only: sg(s) * exp(logp_t - sg(logp_t)).
+
+    cap: log s is at most this (verl: 10), without a gradient beyond; a numerical guard, not in the paper.
+    """
+    count = jnp.maximum(jnp.sum(mask, -1, keepdims=True), 1)
+    log_s = jax.lax.stop_gradient(jnp.sum(log_ratio(logp, old_logp, mask), -1, keepdims=True) / count)
+    log_s = log_s + log_ratio(logp, jax.lax.stop_gradient(logp), mask)
+    return jnp.exp(log_s if cap is None else jnp.minimum(log_s, cap))
 
 
 def product(logp: Float[Array, "B T"], old_logp: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B 1"]:
