@@ -162,7 +162,7 @@ def test_statistics_of_a_step_steer_the_sampling_of_the_next():
     second = alg.plan(state)
     assert second.hook is first.hook  # one engine, compiled once
     assert jax.tree.map(jnp.shape, second.hook_state) == jax.tree.map(jnp.shape, first.hook_state)
-    np.testing.assert_allclose(state["scale"], np.array(SCALE) + [0, 1e-6, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(state["scale"], np.add(SCALE, [0, 1e-6, 0, 0]), rtol=1e-6)
     np.testing.assert_allclose(second.hook(LOGITS, jnp.ones(2), second.hook_state), temperatures(SCALE), atol=1e-6)
 
 
