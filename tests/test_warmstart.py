@@ -152,15 +152,15 @@ def test_it_stops_when_the_time_is_spent_also_before_a_resume(spec, data, mesh):
 
 
 def test_meshes_agree(spec, data):
-    found = []
-    for sizes in (config.Mesh(fsdp=1), config.Mesh(dp=2, fsdp=2, tp=2)):
+    settings, found = SETTINGS.model_copy(update={"steps": 3}), []
+    for sizes in (config.Mesh(fsdp=1), config.Mesh(fsdp=2, tp=2)):
         mesh = make_mesh(sizes, jax.devices()[: sizes.dp * sizes.fsdp * sizes.tp])
         layout = rules.shardings(decoder.logical_axes(spec), decoder.abstract(spec), mesh)
         params = jax.device_put(tiny.params(spec), layout)
-        state = warmstart.init(SETTINGS.optimizer, SETTINGS.steps, params)
+        state = warmstart.init(settings.optimizer, settings.steps, params)
         moments = [x for x in jax.tree.leaves(state.opt) if x.ndim > 1]
         assert {x.sharding for x in moments} <= set(jax.tree.leaves(layout))
-        found.append([x[1] for x in run(spec, data, mesh, state)])
+        found.append([x[1] for x in run(spec, data, mesh, state, settings)])
     np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
 
 

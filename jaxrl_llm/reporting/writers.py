@@ -28,7 +28,9 @@ class Writers:
         self._step = position["step"]
         # tensorboard hides events at and after `purge_step` that were written before this one.
         purge = None if self._step < 0 else self._step + 1
-        self._board = SummaryWriter(str(directory / "tensorboard"), flush_secs=30, purge_step=purge)
+        board = directory / "tensorboard"
+        suffix = f".{len(list(board.glob('events*')))}"  # tensorboardX names files by the second and overwrites
+        self._board = SummaryWriter(str(board), flush_secs=30, purge_step=purge, filename_suffix=suffix)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, on disk when this returns, and tensorboard scalars. Non-finite values become null."""

@@ -125,7 +125,7 @@ def sft_step(
         lambda p: loss(spec, p, tokens, prompt_length, length, answer_length, dtype=dtype, remat=remat)
     )(state.params)
     grads = optim.wide(grads)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     applied = jnp.isfinite(value) & jnp.isfinite(norm)
     params, opt = optim.apply(tx, grads, state.opt, state.params, applied)
     return State(params, opt, state.step + 1), Step(value, norm, applied)
