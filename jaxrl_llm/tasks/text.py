@@ -5,6 +5,7 @@ the ones the policy was scored on. A later turn is appended to the sampled token
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,24 +87,21 @@ class Text:
         )
 
     def token_bytes(self) -> list[bytes]:
-        """The UTF-8 bytes every id adds to a text, b"" for special tokens: what stop strings are matched against."""
-        decoder = json.dumps(json.loads(self.tokenizer.backend_tokenizer.to_str()).get("decoder"))
-        byte_level, spaces = '"ByteLevel"' in decoder, "\u2581" in decoder
-        table = _byte_level_alphabet() if byte_level else {}
-        special = set(self.tokenizer.all_special_ids)
+        """The bytes every id writes, what stop strings are matched against; special and added tokens literally."""
+        core = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        decoder = json.dumps(core.get("decoder"), ensure_ascii=False)
+        added = {token["id"] for token in core.get("added_tokens", [])}
+        alphabet = _byte_level_alphabet() if '"ByteLevel"' in decoder else None
         pieces = [b""] * self.vocab
-        added = {int(i) for i in self.tokenizer.added_tokens_decoder}
         for token, i in self.tokenizer.get_vocab().items():
-            if i in special:
-                continue
             if i in added:
                 pieces[i] = token.encode()
-            elif byte_level:
-                pieces[i] = bytes(table[c] for c in token)
-            elif '"ByteFallback"' in decoder and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            elif alphabet:
+                pieces[i] = b"".join(alphabet.get(c, c.encode()) for c in token)
+            elif '"ByteFallback"' in decoder and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
                 pieces[i] = bytes([int(token[3:5], 16)])
             else:
-                pieces[i] = (token.replace("\u2581", " ") if spaces else token).encode()
+                pieces[i] = (token.replace("▁", " ") if "▁" in decoder else token).encode()
         return pieces
 
     def save(self, path: str | Path) -> None:
@@ -187,8 +185,8 @@ def _eos_ids(own: int | None, places: Sequence[Path]) -> tuple[int, ...]:
     return () if own is None else (own,)
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def _byte_level_alphabet() -> dict[str, bytes]:
     """Characters of GPT-2's byte-level BPE and the bytes they stand for: printable bytes themselves, others from U+0100."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in set(printable)]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): bytes([b]) for b in printable} | {chr(256 + i): bytes([b]) for i, b in enumerate(others)}
