@@ -57,6 +57,13 @@ class Piece(NamedTuple):
     rows: Bool[Array, "B"]  # rows of the minibatch this piece answers for
 
 
+class RowPiece(NamedTuple):
+    """One microbatch for a plug-in scorer, which reads rows as they are."""
+
+    index: Int[Array, "b"]  # rows of the minibatch; -1 for none
+    rows: Bool[Array, "B"]
+
+
 class HostRows(NamedTuple):
     """What arranging needs of `Rollouts`, as numpy arrays."""
 
@@ -224,6 +231,15 @@ def arrange(layout: Layout, rows: HostRows) -> tuple[list[Piece], np.ndarray]:
         piece_of[b] = of_block.get(int(block[b]), 0)
     split = [x.reshape(count, layout.sequences, -1) for x in (tokens, positions, segment, at, target, slot)]
     return [Piece(*(x[i] for x in split), rows=piece_of == i) for i in range(count)], piece_of
+
+
+def arrange_rows(at_once: int, rows: HostRows) -> tuple[list[RowPiece], np.ndarray]:
+    """A minibatch as pieces of `at_once` rows for a plug-in scorer, and the piece of each row [B]."""
+    count = -(-len(rows.length) // at_once)
+    index = np.full(count * at_once, -1, np.int32)
+    index[: len(rows.length)] = np.arange(len(rows.length))
+    piece_of = np.arange(len(rows.length)) // at_once
+    return [RowPiece(x, piece_of == i) for i, x in enumerate(index.reshape(count, at_once))], piece_of
 
 
 def hidden(
