@@ -192,11 +192,14 @@ def _without_tags(loc: Sequence[str | int], data: Any) -> list[str | int]:
         if i == 1 and loc[0] in TAGS and isinstance(node, Mapping) and step == node.get(TAGS[str(loc[0])]):
             continue
         path.append(step)
-        try:
-            node = node[step]
-        except (KeyError, IndexError, TypeError):
-            node = None
+        node = _child(node, step)
     return path
+
+
+def _child(node: Any, step: str | int) -> Any:
+    if isinstance(node, Mapping):
+        return node.get(step)
+    return node[step] if isinstance(node, list) and isinstance(step, int) else None
 
 
 def sections(annotation: Any) -> list[type[BaseModel]]:
@@ -211,7 +214,7 @@ def _models_at(loc: Sequence[str | int], data: Any) -> list[type[BaseModel]]:
     models: list[type[BaseModel]] = [Config]
     node = data
     for step in loc:
-        node = node[step] if isinstance(node, Mapping | list) else None
+        node = _child(node, step)
         if isinstance(step, int):
             continue
         models = [s for m in models if step in m.model_fields for s in sections(m.model_fields[step].annotation)]

@@ -83,7 +83,7 @@ def describe(config: Config, devices: int | None = None) -> str:
 
 def make(config: Config, devices: int) -> Step:
     """The numbers of a step on this many devices. Raises ValueError when the mesh does not fit them."""
-    sizes = dict(zip(AXES, shape_over(config.mesh, devices)))
+    sizes: dict[str, int] = {axis: n for axis, n in zip(AXES, shape_over(config.mesh, devices))}
     if math.prod(sizes.values()) > devices:
         raise ValueError(f"mesh: {sizes} needs {math.prod(sizes.values())} devices, there are {devices}")
     fields = {k: v for k, v in config.algorithm.items() if k != "name"}
