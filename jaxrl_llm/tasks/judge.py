@@ -134,9 +134,13 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _read_cache(path: Path) -> list[tuple[str, str]]:
-    """Verdicts kept before; a last line cut short by a kill is no verdict."""
+    """Verdicts kept before; a last line cut short by a kill is no verdict, and is ended for the next one."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    text = path.read_text(encoding="utf-8")
+    if text and not text.endswith("\n"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n")
+    for line in text.splitlines():
         try:
             entry = json.loads(line)
             kept.append((entry["key"], entry["reply"]))
