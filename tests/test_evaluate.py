@@ -135,9 +135,10 @@ def test_unscored_samples_leave_the_estimate_and_are_counted():
     assert found.metrics["pass@2"] == 0.0  # no problem has two scored samples
 
 
-def test_samples_show_prompt_completion_and_reward():
-    found, _ = evaluate([(1, "1"), (2, "x")], config.Eval(), shown=1)
-    (sample,) = found.samples
+def test_samples_show_prompt_completion_and_reward_of_different_problems():
+    found, _ = evaluate([(1, "1"), (2, "x"), (3, "x")], config.Eval(samples=2), shown=2)
+    sample, other = found.samples
+    assert other.prompt == "2"
     assert (sample.prompt, sample.completion, sample.reward, sample.parts) == ("1", "1", 1.0, {"exact": 1.0})
 
 

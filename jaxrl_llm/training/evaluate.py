@@ -117,7 +117,7 @@ def evaluate(
     Args:
       score: the task's rewards, as `tasks.workers.Scorer.score`.
       decode: completion tokens -> the text that is scored.
-      shown: how many samples to return.
+      shown: of how many problems to return a sample.
     """
     rows: list[Row] = []
     for begin in range(0, len(prompts), batch):
@@ -133,7 +133,7 @@ def evaluate(
         )
         rows += [row_of(p, c, begin + i) for i, (p, cs) in enumerate(zip(part, answers)) for c in cs]
     reward_rows(rows, task.rewards, decode, score)
-    return Evaluation(summarize(rows, task, settings.k), from_rows(rows, None, decode, shown))
+    return Evaluation(summarize(rows, task, settings.k), from_rows(rows[:: settings.samples], None, decode, shown))
 
 
 def run(settings: config.Config, path: str | None = None) -> dict[str, float]:
