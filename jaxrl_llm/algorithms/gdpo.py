@@ -131,7 +131,7 @@ def build(config: Config) -> Algorithm:
 
     def loss(state: State, views: Views, rows: Rollouts, credit: Credit) -> tuple[jax.Array, Metrics]:
         mask = rows.trained
-        length = jnp.maximum(mask.sum(-1), 1)
+        length = jnp.maximum(mask.sum(-1), 1).astype(rows.old_logp.dtype)
         bound = elbo.sequence_bound(views.extras["elbo"], mask)
         change = bound - elbo.sequence_bound(rows.extras["old_elbo"], mask)
         ratio = jnp.exp(change / length if config.ratio_norm == "length" else change)[:, None]
