@@ -16,7 +16,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_llm.training.checkpoints import CheckpointError, Checkpoints, Mismatch, decode, encode
+from jaxrl_llm.training.checkpoints import CheckpointError, Checkpoints, Mismatch
+from jaxrl_llm.training.host_state import decode, encode
 
 
 class Counters(NamedTuple):
@@ -180,6 +181,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, how):
         np.testing.assert_array_equal(tree["x"], noise)
         assert c.save(2, {"x": noise}, {"step": 2}, {}, wait=True)
         assert c.steps() == [1, 2]
+    assert (tmp_path / "damaged_2.0").is_dir()
 
 
 def test_only_damaged_checkpoints_are_an_error_and_not_a_fresh_start(tmp_path):

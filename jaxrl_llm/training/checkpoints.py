@@ -6,8 +6,6 @@ and a fingerprint that does not depend on how they are sharded, so damage is not
 """
 
 import contextlib
-import io
-import json
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -19,32 +17,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jaxtyping import Array, UInt32
-from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
 
+from jaxrl_llm.training import host_state
 from jaxrl_llm.types import Memory
 
 Tree = Any
 
 
-@dataclass
-class Retention:
-    """Which steps stay (orbax's preservation policy): the latest, and the one with the highest score."""
-
-    keep: int
-    keep_best: bool
-    scores: dict[int, float | None]
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        steps = [c.step for c in checkpoints]
-        scored = {step: score for step in steps if (score := self.scores.get(step)) is not None}
-        best = {max(scored, key=lambda step: scored[step])} if scored and self.keep_best else set()
-        return [step in steps[-self.keep :] or step in best for step in steps]
-
-
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message is one line."""
+
+
+class Mismatch(ValueError):
+    """The checkpoint is whole but belongs to another model, optimizer or method."""
 
 
 class Checkpoints:
@@ -95,13 +81,13 @@ class Checkpoints:
             return False
         arrays = named_leaves(tree)
         score = None if score is None else float(score)
-        content = encode({"leaves": _manifest(arrays), "host": host, "memory": memory, "score": score})
+        content = host_state.encode({"leaves": _manifest(arrays), "host": host, "memory": memory, "score": score})
         stored = {name: x for name, x in arrays.items() if x.size} or {"empty": jnp.zeros(1)}
         self._retention.scores[step] = score
         with self._reporting(f"could not write step {step} in"):
             self._manager.save(
                 step,
-                args=ocp.args.Composite(arrays=ocp.args.PyTreeSave(stored), host=HostSave(content)),
+                args=ocp.args.Composite(arrays=ocp.args.PyTreeSave(stored), host=host_state.Save(content)),
                 force=True,
             )
         if wait:
@@ -159,7 +145,9 @@ class Checkpoints:
         self.close()
 
     def _restore(self, step: int, abstract_tree: Tree) -> tuple[int, Tree, dict[str, Any], Memory]:
-        content = decode(self._manager.restore(step, args=ocp.args.Composite(host=HostRestore()))["host"])
+        content = host_state.decode(
+            self._manager.restore(step, args=ocp.args.Composite(host=host_state.Restore()))["host"]
+        )
         targets, treedef = jax.tree.flatten(abstract_tree)
         named = dict(zip(_names(abstract_tree), targets))
         manifest = content["leaves"]
@@ -179,14 +167,14 @@ class Checkpoints:
 
     def _score(self, step: int) -> float | None:
         try:
-            with np.load(self.directory / str(step) / "host" / _host_file(), allow_pickle=False) as file:
-                return json.loads(file[_JSON].tobytes())["score"]
+            return host_state.values(self.directory / str(step) / "host")["score"]
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             return None  # damaged; restoring will say so
 
     def _set_aside(self, step: int) -> None:
         if jax.process_index() == 0:
-            (self.directory / str(step)).rename(self.directory / f"damaged_{step}")
+            before = len(list(self.directory.glob(f"damaged_{step}.*")))
+            (self.directory / str(step)).rename(self.directory / f"damaged_{step}.{before}")
         self._manager.reload()
 
     @contextlib.contextmanager
@@ -201,8 +189,19 @@ class Checkpoints:
             raise CheckpointError(f"checkpoints: {what} {self.directory}: {_one_line(e)}; {last}") from e
 
 
-class Mismatch(ValueError):
-    """The checkpoint is whole but belongs to another model, optimizer or method."""
+@dataclass
+class Retention:
+    """Which steps stay (orbax's preservation policy): the latest, and the one with the highest score."""
+
+    keep: int
+    keep_best: bool
+    scores: dict[int, float | None]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [c.step for c in checkpoints]
+        scored = {step: score for step in steps if (score := self.scores.get(step)) is not None}
+        best = {max(scored, key=lambda step: scored[step])} if scored and self.keep_best else set()
+        return [step in steps[-self.keep :] or step in best for step in steps]
 
 
 def named_leaves(tree: Tree) -> dict[str, Array]:
@@ -310,98 +309,6 @@ def _fingerprint(x: Any, xp: Any) -> Any:
 def _on_device(x: Array) -> Array:
     offloaded = x.sharding.memory_kind not in (None, "device")
     return jax.device_put(x, x.sharding.with_memory_kind("device")) if offloaded else x
-
-
-# The host's part: one .npz per process, JSON inside, no pickle. The zip format checks its own contents (CRC-32).
-
-
-def encode(tree: Any) -> bytes:
-    """Nested dicts and lists of JSON values and numpy arrays as the bytes of an .npz file.
-
-    Raises TypeError, with the path, for a value that would not come back as it is (a key that is no string, a tuple, an
-    object).
-    """
-    arrays: dict[str, np.ndarray] = {}
-
-    def one(x: Any, path: str) -> Any:
-        if isinstance(x, dict):
-            for key in x:
-                if not isinstance(key, str) or key == _ARRAY:
-                    raise TypeError(f"host state {path or '.'}: key {key!r} is no plain string")
-            return {k: one(v, f"{path}.{k}") for k, v in x.items()}
-        if isinstance(x, list):
-            return [one(v, f"{path}[{i}]") for i, v in enumerate(x)]
-        if x is None or type(x) in (bool, int, float, str):
-            return x
-        if isinstance(x, np.ndarray | np.generic) and x.dtype != object:
-            name = f"a{len(arrays)}"
-            x = np.asarray(x)
-            plain = x.dtype.kind in "biufcSU"  # numpy's own; others (bfloat16) are stored as bytes
-            arrays[name] = x if plain else np.frombuffer(x.tobytes(), np.uint8)
-            return {_ARRAY: name} if plain else {_ARRAY: name, "dtype": x.dtype.name, "shape": list(x.shape)}
-        raise TypeError(f"host state {path or '.'}: a {type(x).__name__} cannot be saved")
-
-    text = json.dumps(one(tree, ""))
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **{_JSON: np.frombuffer(text.encode(), np.uint8)}, **arrays)
-    return buffer.getvalue()
-
-
-def decode(content: bytes) -> Any:
-    """The inverse of `encode`. Raises ValueError or zipfile.BadZipFile when the bytes are damaged."""
-    with np.load(io.BytesIO(content), allow_pickle=False) as file:
-
-        def one(x: Any) -> Any:
-            if isinstance(x, list):
-                return [one(v) for v in x]
-            if not isinstance(x, dict):
-                return x
-            if _ARRAY not in x:
-                return {k: one(v) for k, v in x.items()}
-            array = file[x[_ARRAY]]
-            if "dtype" not in x:
-                return array
-            return np.frombuffer(array.tobytes(), jnp.dtype(x["dtype"])).reshape(x["shape"]).copy()
-
-        return one(json.loads(file[_JSON].tobytes()))
-
-
-_ARRAY, _JSON = "__array__", "json"
-
-
-class HostHandler(ocp.AsyncCheckpointHandler):
-    """Writes each process's bytes to a file of its own inside orbax's atomic directory."""
-
-    async def async_save(self, directory: epath.Path, args: "HostSave") -> list[Any]:
-        async def write() -> None:
-            (directory / _host_file()).write_bytes(args.content)
-
-        return [CommitFutureAwaitingContractedSignals(write(), name="host_state")]
-
-    def save(self, directory: epath.Path, args: "HostSave") -> None:
-        (directory / _host_file()).write_bytes(args.content)
-
-    def restore(self, directory: epath.Path, args: "HostRestore | None" = None) -> bytes:
-        content = (directory / _host_file()).read_bytes()
-        if zipfile.ZipFile(io.BytesIO(content)).testzip() is not None:
-            raise ValueError("the host state is damaged")
-        return content
-
-
-def _host_file() -> str:
-    return f"process_{jax.process_index()}.npz"
-
-
-@ocp.args.register_with_handler(HostHandler, for_save=True)
-@dataclass
-class HostSave(ocp.args.CheckpointArgs):
-    content: bytes
-
-
-@ocp.args.register_with_handler(HostHandler, for_restore=True)
-@dataclass
-class HostRestore(ocp.args.CheckpointArgs):
-    pass
 
 
 def _one_line(e: BaseException) -> str:

@@ -1,0 +1,112 @@
+"""The host's part of a checkpoint: JSON values and numpy arrays in one .npz per process, written inside orbax's atomic step.
+
+No pickle; the zip format checks its own contents (CRC-32).
+"""
+
+import io
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
+
+_ARRAY, _JSON = "__array__", "json"
+
+
+def encode(tree: Any) -> bytes:
+    """Nested dicts and lists of JSON values and numpy arrays as the bytes of an .npz file.
+
+    Raises TypeError, with the path, for a value that would not come back as it is (a key that is no string, a tuple, an
+    object).
+    """
+    arrays: dict[str, np.ndarray] = {}
+
+    def one(x: Any, path: str) -> Any:
+        if isinstance(x, dict):
+            for key in x:
+                if not isinstance(key, str) or key == _ARRAY:
+                    raise TypeError(f"host state {path or '.'}: key {key!r} is no plain string")
+            return {k: one(v, f"{path}.{k}") for k, v in x.items()}
+        if isinstance(x, list):
+            return [one(v, f"{path}[{i}]") for i, v in enumerate(x)]
+        if x is None or type(x) in (bool, int, float, str):
+            return x
+        if isinstance(x, np.ndarray | np.generic) and x.dtype != object:
+            name = f"a{len(arrays)}"
+            x = np.asarray(x)
+            plain = x.dtype.kind in "biufcSU"  # numpy's own; others (bfloat16) are stored as bytes
+            arrays[name] = x if plain else np.frombuffer(x.tobytes(), np.uint8)
+            return {_ARRAY: name} if plain else {_ARRAY: name, "dtype": x.dtype.name, "shape": list(x.shape)}
+        raise TypeError(f"host state {path or '.'}: a {type(x).__name__} cannot be saved")
+
+    text = json.dumps(one(tree, ""))
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **{_JSON: np.frombuffer(text.encode(), np.uint8)}, **arrays)
+    return buffer.getvalue()
+
+
+def decode(content: bytes) -> Any:
+    """The inverse of `encode`. Raises ValueError or zipfile.BadZipFile when the bytes are damaged."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+
+        def one(x: Any) -> Any:
+            if isinstance(x, list):
+                return [one(v) for v in x]
+            if not isinstance(x, dict):
+                return x
+            if _ARRAY not in x:
+                return {k: one(v) for k, v in x.items()}
+            array = file[x[_ARRAY]]
+            if "dtype" not in x:
+                return array
+            return np.frombuffer(array.tobytes(), jnp.dtype(x["dtype"])).reshape(x["shape"]).copy()
+
+        return one(json.loads(file[_JSON].tobytes()))
+
+
+def values(directory: Path) -> Any:
+    """The JSON part of what this process saved in `directory`, without reading the arrays."""
+    with np.load(directory / _file(), allow_pickle=False) as file:
+        return json.loads(file[_JSON].tobytes())
+
+
+class Handler(ocp.AsyncCheckpointHandler):
+    """Writes each process's bytes to a file of its own inside orbax's atomic directory."""
+
+    async def async_save(self, directory: epath.Path, args: "Save") -> list[Any]:
+        async def write() -> None:
+            (directory / _file()).write_bytes(args.content)
+
+        return [CommitFutureAwaitingContractedSignals(write(), name="host_state")]
+
+    def save(self, directory: epath.Path, args: "Save") -> None:
+        (directory / _file()).write_bytes(args.content)
+
+    def restore(self, directory: epath.Path, args: "Restore | None" = None) -> bytes:
+        content = (directory / _file()).read_bytes()
+        if zipfile.ZipFile(io.BytesIO(content)).testzip() is not None:
+            raise ValueError("the host state is damaged")
+        return content
+
+
+def _file() -> str:
+    return f"process_{jax.process_index()}.npz"
+
+
+@ocp.args.register_with_handler(Handler, for_save=True)
+@dataclass
+class Save(ocp.args.CheckpointArgs):
+    content: bytes
+
+
+@ocp.args.register_with_handler(Handler, for_restore=True)
+@dataclass
+class Restore(ocp.args.CheckpointArgs):
+    pass
