@@ -127,7 +127,7 @@ def serial(config: Config, step: int) -> Callable[..., Generator[Any, Any, Any]]
                 )
             )
         full = [
-            row_of(prompt, path, g, extras={"exit_order": config.exits + 1})
+            row_of(prompt, path, g, exit_order=config.exits + 1)
             for g, (prompt, path) in enumerate(zip(prompts, paths))
         ]
         rows += full
