@@ -159,14 +159,13 @@ def step(
     plan = plan._replace(group_size=plan.group_size or config.rollout.group_size)
 
     progress.activity("collect")
-    failed = made.scorer.counts
     with timer.phase("collect"):
         rows = collect(made, learner.train.params["policy"], plan, at.step)
         if training.on_rows:
             training.on_rows(at.step, rows)
         sampled = batch_of(made, alg, plan, rows)
     with timer.phase("rescore"):
-        batch = rescore(learner, alg, plan, sampled, config.learner.old_logp == "rescore")
+        batch = jax.block_until_ready(rescore(learner, alg, plan, sampled, config.learner.old_logp == "rescore"))
     credit = training.credit(at.state, batch, key)
     trained, memory = (batch, credit), at.memory
     if alg.select:
@@ -183,7 +182,7 @@ def step(
     advantage = np.asarray(credit.advantage)
     numbers = metrics.of_rows(rows, made.task.rewards, made.task.correct_at) | learner.numbers(report)
     numbers |= metrics.of_batch(batch, advantage, rescored=config.learner.old_logp == "rescore")
-    numbers |= {f"unscored/{cause}": float(n - failed[cause]) for cause, n in made.scorer.counts.items()}
+    numbers |= {f"unscored/{cause}": float(n) for cause, n in made.scorer.take_counts().items()}
     numbers |= {"updates": float(report.updates), "dropped_prompts": float(made.dropped)}
     numbers |= timer.take()
     numbers |= metrics.throughput(rows, numbers)
