@@ -78,18 +78,16 @@ def normalized(
         raise ValueError(f"scale={scale!r}: expected one of {', '.join(get_args(Scale))}")
     stats = statistics(score, group, counted, ddof, spread_tol)
     alone, keep_alone = stats.count == 1, singleton == "raw"
-    centred = jnp.where(alone & keep_alone, score, score - stats.mean)
-    if scale == "group":
-        divisor = jnp.where(alone, 1, stats.std) + eps
-    elif scale == "batch":
+    if scale == "batch":
         total = jnp.sum(counted)
         mean = jnp.sum(jnp.where(counted, score, 0)) / jnp.maximum(total, 1)
         variance = jnp.sum(jnp.where(counted, (score - mean) ** 2, 0)) / jnp.maximum(total - ddof, 1)
-        divisor = jnp.sqrt(variance) + eps
+        std = jnp.sqrt(variance)
     else:
-        divisor = 1.0
-    differs = jnp.where(alone, keep_alone, ~stats.flat)
-    return jnp.where(counted & differs, centred / divisor, 0)
+        std = stats.std
+    divisor = 1.0 if scale == "none" else jnp.where(alone, 1, std) + eps
+    centred = jnp.where(alone, score, score - stats.mean)
+    return jnp.where(counted & jnp.where(alone, keep_alone, ~stats.flat), centred / divisor, 0)
 
 
 def leave_one_out(
