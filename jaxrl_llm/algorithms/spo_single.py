@@ -51,7 +51,7 @@ PAPER = Paper(
 
 @dataclass(frozen=True)
 class Config:
-    pool: int = 8000  # training problems of the task: the tracker's size
+    pool: int = 8000  # the tracker has room for this many training problems
     successes: tuple[int, ...] = ()  # correct completions of each problem in an offline pass; empty: none made
     offline_samples: int = 8  # n0, completions per problem in that pass
     rho: Literal["drift", "constant"] = "drift"  # constant: rho_min, without stored completions
@@ -66,7 +66,7 @@ class Config:
 
     def __post_init__(self):
         check_clip(self.clip_low, self.clip_high, self.dual_clip)
-        expect(self.pool >= 1, "pool", self.pool, "the number of training problems")
+        expect(self.pool >= 1, "pool", self.pool, "at least the number of training problems")
         fits = not self.successes or len(self.successes) == self.pool
         expect(fits, "successes", f"{len(self.successes)} numbers", f"one for each of the {self.pool} problems")
         expect_one_of("rho", self.rho, ("drift", "constant"))
