@@ -181,9 +181,9 @@ def decode(
 def refill(pool: tuple[Cache, ...], queue: Job, count: Int[Array, ""], slots: Slots) -> Slots:
     """Idle slots take the next items of the queue, and their contexts' caches."""
     idle = slots.item < 0
-    new = slots.next + jnp.cumsum(idle) - 1
+    new = slots.next + jnp.cumsum(idle, dtype=jnp.int32) - 1
     take = idle & (new < count)
-    taken = jnp.sum(take)
+    taken = jnp.sum(take, dtype=jnp.int32)
     mine = jax.tree.map(lambda q: q[jnp.minimum(new, q.shape[0] - 1)], queue)
     job = jax.tree.map(lambda a, b: jnp.where(take.reshape(-1, *[1] * (a.ndim - 1)), a, b), mine, slots.job)
     (takers,) = jnp.nonzero(take, size=take.shape[0], fill_value=0)

@@ -24,7 +24,7 @@ from jaxrl_llm.models.spec import ModelSpec
 from jaxrl_llm.rollout import decode
 from jaxrl_llm.rollout.rows import STOP_LENGTH, STOP_STRING, STOP_TOKEN, Completion
 from jaxrl_llm.rollout.sampling import Sampling, item_keys
-from jaxrl_llm.rollout.stops import stop_table, token_bytes
+from jaxrl_llm.rollout.stops import stop_table
 from jaxrl_llm.sharding.rules import partition
 from jaxrl_llm.types import Params
 
@@ -46,15 +46,15 @@ class Engine:
       mesh: its dp and fsdp axes deal out items, tp splits weights.
       max_prompt, max_new: tokens; limits of every call, and what caches are sized for.
       slots: items decoded at once over the whole mesh; 0 chooses from the number of items.
-      stop_strings: end a completion with the token in which one completes; need `tokenizer` (fast) or `pieces`.
-      pieces: the bytes every token writes, instead of a tokenizer.
+      stop_strings: end a completion with the token in which one completes; need `pieces`.
+      pieces: the bytes every token writes (`tasks.text.Text.token_bytes`).
       temperature, top_k, top_p, min_p: defaults of `generate`. The default temperature, 1 when it is 0, is also that of
         `Completion.policy_logp`.
       hook: changes the temperature of every choice from the logits (`algorithms.base.SamplerHook`).
       batch_invariant: one compiled size, for bitwise replays; slower tails.
       chunk: steps between two looks of the host.
     Raises:
-      ValueError: lengths beyond the model's positions, or stop strings without a tokenizer.
+      ValueError: lengths beyond the model's positions, or stop strings without `pieces`.
     """
 
     def __init__(
@@ -67,7 +67,6 @@ class Engine:
         slots: int = 0,
         eos_ids: Sequence[int] = (),
         stop_strings: Sequence[str] = (),
-        tokenizer: Any = None,
         pieces: Sequence[bytes] | None = None,
         temperature: float = 1.0,
         top_k: int = 0,
@@ -83,8 +82,6 @@ class Engine:
                 f"rollout.max_prompt + max_new: {max_prompt + max_new}, expected at most the model's "
                 f"{spec.max_positions} positions"
             )
-        if stop_strings and tokenizer is None and pieces is None:
-            raise ValueError("rollout.stop: stop strings need a tokenizer")
         self.spec, self.mesh, self.dtype = spec, mesh, jnp.dtype(dtype)
         self.max_prompt, self.max_new, self.slots = max_prompt, max_new, slots
         self.defaults = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -97,13 +94,16 @@ class Engine:
         self._params = self._weights = self.version = None
         table = None
         if stop_strings:
-            table = stop_table(stop_strings, _pad(pieces or token_bytes(tokenizer), spec.vocab))
+            if pieces is None:
+                raise ValueError(f"rollout.stop: {list(stop_strings)} without the tokens' bytes, expected `pieces`")
+            table = stop_table(stop_strings, _pad(pieces, spec.vocab))
         self._stop_table = jax.device_put(table, self._everywhere)
         # With tp the devices of a step communicate, and the compiler may let all of them take part.
         lockstep = SHARDED if mesh.shape["tp"] > 1 else ()
-        self._compile(
-            decode.Settings(spec, self.dtype, max_new, chunk, tuple(eos_ids), temperature or 1.0, hook, lockstep)
+        self.settings = decode.Settings(
+            spec, self.dtype, max_new, chunk, tuple(eos_ids), temperature or 1.0, hook, lockstep
         )
+        self._compile(self.settings)
 
     def set_weights(self, params: Params, version: int) -> None:
         """Use these parameters (laid out as `models.decoder.init`'s) from now on; nothing computed before is kept.

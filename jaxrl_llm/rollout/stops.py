@@ -4,9 +4,7 @@ Matching is on the bytes that tokens write, so a string is found across token bo
 ends with the token in which the string completes; that token is kept, also where it runs past the string.
 """
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +15,7 @@ def stop_table(strings: Sequence[str], pieces: Sequence[bytes]) -> np.ndarray:
     A completion starts in state 0; the last state means found, and is never left.
 
     Args:
-      pieces: the bytes every token writes.
+      pieces: the bytes every token writes (`tasks.text.Text.token_bytes`).
     Raises:
       ValueError: an empty stop string.
     """
@@ -51,34 +49,3 @@ def _automaton(strings: Sequence[bytes]) -> np.ndarray:
             if not any(s in seen for s in strings):
                 delta[i, byte] = next(index[seen[j:]] for j in range(len(seen) + 1) if seen[j:] in index)
     return delta
-
-
-def token_bytes(tokenizer: Any) -> list[bytes]:
-    """The bytes each id writes, special tokens included literally, for a fast Hugging Face tokenizer.
-
-    Byte-level pieces are mapped back through their alphabet; sentencepiece pieces through `▁` and `<0xAB>`.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    described = json.loads(backend.to_str())
-    decoder = json.dumps(described.get("decoder") or {})
-    special = {t["id"] for t in described.get("added_tokens", [])}
-    alphabet = _byte_alphabet() if '"ByteLevel"' in decoder else None
-    pieces = []
-    for i in range(backend.get_vocab_size(with_added_tokens=True)):
-        text = backend.id_to_token(i) or ""
-        if i in special:
-            pieces.append(text.encode())
-        elif alphabet is not None:
-            pieces.append(b"".join(alphabet[c] if c in alphabet else c.encode() for c in text))
-        elif '"ByteFallback"' in decoder and len(text) == 6 and text.startswith("<0x"):
-            pieces.append(bytes([int(text[3:5], 16)]))
-        else:
-            pieces.append((text.replace("▁", " ") if "▁" in decoder else text).encode())
-    return pieces
-
-
-def _byte_alphabet() -> dict[str, bytes]:
-    """The printable stand-ins of byte-level BPE (Radford et al. 2019): character -> byte."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): bytes([b]) for b in printable} | {chr(256 + i): bytes([b]) for i, b in enumerate(others)}
