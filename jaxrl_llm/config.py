@@ -74,7 +74,7 @@ class FileTask(Section):
     """Rows of jsonl or parquet files, or of a hub data set (extra `hub`)."""
 
     kind: Literal["file"] = "file"
-    train: str = described(..., "path of a .jsonl or .parquet file, or hub:NAME[:SPLIT]")
+    train: str = described(..., "path of a .jsonl or .parquet file, or hub:NAME[[:SUBSET]:SPLIT]")
     eval: str | None = described(None, "the same for held-out problems; none keeps `eval_size` rows of train apart")
     eval_size: int = described(256, "held-out rows (taken from train when eval is none)", ge=0)
     seed: int | None = described(None, "seed of the choice of held-out rows; none: the run's")
@@ -103,7 +103,9 @@ Task = Annotated[GymTask | FileTask | CustomTask, Field(discriminator="kind")]
 
 
 class RewardPart(Section):
-    reward: str = described(..., "math, exact, letter:<c>, judge, length_penalty, or module:function")
+    reward: str = described(
+        ..., "math, exact, letter:<c>, judge, length_penalty, or module:function taking (completion, record)"
+    )
     weight: float = described(1.0, "factor of this part in the total reward")
     options: dict[str, Any] = described({}, "options of the part")
 
@@ -112,7 +114,7 @@ class Judge(Section):
     url: str = described(..., "OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1")
     model: str = described(..., "model name to ask for")
     prompt: str = described("{prompt}\n\n{completion}\n\nScore from 0 to 1:", "the question put to the judge")
-    pattern: str = described(r"([01](?:\.\d+)?)", "regular expression whose first group is the score")
+    pattern: str = described(r"([01](?:\.\d+)?)", "regular expression; the first group of its last match is the score")
     key_env: str = described("OPENAI_API_KEY", "environment variable with the key")
     concurrency: int = described(8, "requests in flight", ge=1)
     retries: int = described(3, "tries after the first", ge=0)

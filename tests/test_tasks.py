@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -165,8 +166,36 @@ def test_a_hub_data_set_without_the_extra_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("source", "arguments"),
+    [
+        ("hub:openai/gsm8k", ("openai/gsm8k", "train")),
+        ("hub:openai/gsm8k:test", ("openai/gsm8k", "test")),
+        ("hub:openai/gsm8k:main:test", ("openai/gsm8k", "main", "test")),
+    ],
+)
+def test_a_hub_data_set_is_named_with_subset_and_split(monkeypatch, source, arguments):
+    def load_dataset(*where, split):
+        assert (*where, split) == arguments
+        return ROWS
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert len(tasks.load(rows_task(source)).train) == 15
+
+
+def test_a_hub_data_set_that_cannot_be_loaded_is_refused_in_one_line(monkeypatch):
+    def load_dataset(*where, split):
+        raise RuntimeError("Config name is missing.\nPick one of: main")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(ValueError, match=r"hub:openai/gsm8k cannot be loaded.*is missing\. Pick one of: main"):
+        tasks.load(rows_task("hub:openai/gsm8k"))
+
+
+@pytest.mark.parametrize(
     ("rows", "settings", "message"),
     [
+        ([{"question": ["a"], "answer": "#### 1"}], {}, "row 1: field 'question' is list, expected text"),
+        (ROWS, {"answer_field": None}, "task.answer_field: is null, but reward 'math' needs"),
         (ROWS, {"prompt_field": "ask"}, r"row 1: no field 'ask', expected one of \['answer', 'level', 'question'\]"),
         (ROWS, {"answer_pattern": "never(.)"}, "row 1: task.answer_pattern 'never"),
         (ROWS, {"eval_size": 20}, "task.eval_size: 20, expected less than the 20 distinct rows"),

@@ -194,6 +194,16 @@ def test_workers_do_not_import_jax():
         assert [parts["imported"] for parts in scorer.score(rows)] == [0.0, 0.0, 0.0, 1.0]
 
 
+def test_importing_tasks_imports_no_heavy_library():
+    code = (
+        "import sys, jaxrl_llm.tasks.workers, jaxrl_llm.tasks.text, jaxrl_llm.tasks.data, jaxrl_llm.tasks.gym;"
+        "assert not {'jax', 'torch', 'transformers', 'grain', 'reasoning_gym', 'math_verify'} & set(sys.modules)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

@@ -19,6 +19,8 @@ def load(config: FileTask, seed: int) -> Task:
     No prompt of the held-out problems stays in training: such training rows are left out. Raises ValueError for a missing
     file, field or answer, and when no training row is left.
     """
+    if config.answer_field is None and config.reward in ("math", "exact"):
+        raise ValueError(f"task.answer_field: is null, but reward {config.reward!r} needs the reference answer")
     rows = [_record(config, row, f"task.train {config.train} row {i + 1}") for i, row in enumerate(read(config.train))]
     if config.eval is not None:
         where = f"task.eval {config.eval}"
@@ -52,13 +54,12 @@ def custom(config: CustomTask) -> Task:
 
 
 def read(source: str) -> Sequence[Row]:
-    """Rows of PATH.jsonl, PATH.parquet or hub:NAME[:SPLIT] (split train unless named)."""
+    """Rows of PATH.jsonl, PATH.parquet or hub:NAME[[:SUBSET]:SPLIT] (split train unless named)."""
     if source.startswith("hub:"):
-        _, name, *split = source.split(":")
-        return _hub(name, split[0] if split else "train")
+        return _hub(source)
     path = Path(source).expanduser()
     if not path.is_file():
-        raise ValueError(f"task: no file {source!r}, expected a .jsonl or .parquet file, or hub:NAME[:SPLIT]")
+        raise ValueError(f"task: no file {source!r}, expected a .jsonl or .parquet file, or hub:NAME[[:SUBSET]:SPLIT]")
     if path.suffix == ".parquet":
         try:
             from pyarrow import parquet
@@ -80,17 +81,25 @@ def read(source: str) -> Sequence[Row]:
     return rows
 
 
-def _hub(name: str, split: str) -> Sequence[Row]:
+def _hub(source: str) -> Sequence[Row]:
     try:
         import datasets  # type: ignore[import-not-found]
     except ImportError:
-        raise ValueError(f"task: hub:{name} needs the extra `hub`: pip install 'jaxrl_llm[hub]'") from None
-    return [dict(row) for row in datasets.load_dataset(name, split=split)]
+        raise ValueError(f"task: {source} needs the extra `hub`: pip install 'jaxrl_llm[hub]'") from None
+    _, name, *rest = source.split(":")
+    *subset, split = rest or ["train"]
+    try:
+        return [dict(row) for row in datasets.load_dataset(name, *subset, split=split)]
+    except Exception as error:  # no such name, subset, split, or no network: the library's many ways
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(f"task: {source} cannot be loaded, expected hub:NAME[[:SUBSET]:SPLIT]: {why}") from error
 
 
 def _record(config: FileTask, row: Row, where: str) -> Record:
-    prompt = {**row, "prompt": _field(row, config.prompt_field, where)}
-    record = {**_jsonable(row), "prompt": fill("task.prompt", config.prompt, prompt)}
+    question = _field(row, config.prompt_field, where)
+    if not isinstance(question, str):
+        raise ValueError(f"{where}: field {config.prompt_field!r} is {type(question).__name__}, expected text")
+    record = {**_jsonable(row), "prompt": fill("task.prompt", config.prompt, {**row, "prompt": question})}
     if config.answer_field is not None:
         worked = str(_field(row, config.answer_field, where))
         answer = worked

@@ -97,7 +97,7 @@ class Text:
             if i in added:
                 pieces[i] = token.encode()
             elif alphabet:
-                pieces[i] = b"".join(alphabet.get(c, c.encode()) for c in token)
+                pieces[i] = b"".join(alphabet[c] if c in alphabet else c.encode() for c in token)
             elif '"ByteFallback"' in decoder and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
                 pieces[i] = bytes([int(token[3:5], 16)])
             else:
