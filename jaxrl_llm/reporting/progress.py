@@ -29,7 +29,8 @@ class Progress:
         self._stream = stream or sys.stdout
         self._every, self._clock, self._live = every, clock, None
         self._phase, self._activity, self._first, self._step, self._total = "", "", 0, 0, 0
-        self._began, self._values = clock(), {}
+        self._timed: tuple[int, float] | None = None  # the first step reported, and when
+        self._values: dict[str, float] = {}
         if self._stream.isatty():
             from rich.console import Console
             from rich.live import Live
@@ -49,7 +50,7 @@ class Progress:
         """Begin a phase of `total` steps, of which `done` were made before (a resumed run)."""
         self._phase, self._activity, self._values = name, "", {}
         self._first = self._step = done
-        self._total, self._began = total, self._clock()
+        self._total, self._timed = total, None
         self._show(f"{name}: {total} steps" + (f", going on from {done}" if done else ""))
 
     def activity(self, name: str) -> None:
@@ -60,6 +61,8 @@ class Progress:
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """`step` steps of the phase are done."""
+        if self._timed is None:
+            self._timed = (step, self._clock())
         self._step, self._values = step, {**self._values, **values}
         if self._live:
             self._live.update(self._panel())
@@ -74,9 +77,14 @@ class Progress:
             self._line(text)
 
     def seconds_left(self) -> float | None:
-        """Seconds until the phase ends at the speed so far; None before the first step."""
-        done = self._step - self._first
-        return (self._clock() - self._began) / done * (self._total - self._step) if done else None
+        """Seconds until the phase ends at the speed so far; None before the second report.
+
+        What came before the first report is left out of the speed: it compiled the programs.
+        """
+        if self._timed is None or self._step == self._timed[0]:
+            return None
+        step, began = self._timed
+        return (self._clock() - began) / (self._step - step) * (self._total - self._step)
 
     def _show(self, text: str) -> None:
         if self._live:
