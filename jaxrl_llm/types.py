@@ -106,6 +106,44 @@ class Credit:
     extras: dict[str, Array] = field(default_factory=dict)
 
 
+def rollouts_of(
+    mask: Bool[Array, "B T"],
+    reward: Float[Array, "B"],
+    group: Int[Array, "B"],
+    old_logp: Float[Array, "B T"],
+    extras: dict[str, Array] | None = None,
+) -> Rollouts:
+    """Rollouts from the arrays that losses read, for use as a functional reference without a model.
+
+    Every row is scored and counted, its own block and its own context; tokens are 0. `extras`: what a method's
+    `needs.rescore` and `needs.row_extras` name, such as "ref_logp" [B, T].
+    """
+    mask, reward, old_logp = jnp.asarray(mask, bool), jnp.asarray(reward), jnp.asarray(old_logp)
+    b, t = mask.shape
+    own, zeros = jnp.arange(b, dtype=jnp.int32), jnp.zeros((b, t), jnp.int32)
+    yes = jnp.ones(b, bool)
+    return Rollouts(
+        prompt_tokens=jnp.zeros((b, 1), jnp.int32),
+        prompt_length=jnp.ones(b, jnp.int32),
+        prompt=own,
+        group=jnp.asarray(group, jnp.int32),
+        row_id=own,
+        tokens=zeros,
+        length=jnp.max(jnp.where(mask, jnp.arange(1, t + 1), 0), axis=1).astype(jnp.int32),
+        mask=mask,
+        stat=yes,
+        scored=yes,
+        reward=reward[:, None],
+        truncated=~yes,
+        version=zeros,
+        sampler_logp=old_logp,
+        old_logp=old_logp,
+        source=jnp.full(b, CURRENT, jnp.int32),
+        block=own,
+        extras={name: jnp.asarray(x) for name, x in (extras or {}).items()},
+    )
+
+
 def take(rows: Rollouts, index: Int[Array, "n"]) -> Rollouts:
     """Rows by index, in that order and repeatable; -1 makes a padding row.
 
