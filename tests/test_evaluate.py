@@ -1,14 +1,19 @@
 """pass@k, maj@k and evaluation with a scripted engine."""
 
 import itertools
+import json
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
+import tiny
 
 from jaxrl_llm import config
+from jaxrl_llm.models import decoder, hf
 from jaxrl_llm.rollout.rows import STOP_LENGTH, STOP_TOKEN, Completion
 from jaxrl_llm.tasks.base import Prompt, RewardSpec, Task
+from jaxrl_llm.tasks.text import load_text
 from jaxrl_llm.training import evaluate as ev
 
 
@@ -154,3 +159,26 @@ def test_nothing_to_evaluate_is_one_line(tmp_path):
     settings = SimpleNamespace(run=SimpleNamespace(dir=str(tmp_path)), model=SimpleNamespace(path=None))
     with pytest.raises(ValueError, match=r"run\.dir=.* --model"):
         ev.model_directory(settings, None)
+
+
+def test_a_hugging_face_directory_is_evaluated_on_its_own(tmp_path, capsys):
+    words = load_text(config.Tokenizer(chars="0123456789+="))
+    spec = tiny.spec(vocab_size=words.vocab, eos_token_id=list(words.eos_ids), num_hidden_layers=1)
+    hf.save(tmp_path / "model", spec, decoder.init(spec, jax.random.key(0)))
+    words.save(tmp_path / "model")
+    problems = [{"prompt": f"{a}+{a}=", "answer": str(2 * a)} for a in range(6)]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
+    settings = config.Config(
+        run=config.Run(dir=str(tmp_path / "run")),
+        tokenizer=config.Tokenizer(chars="0123456789+="),
+        task=config.FileTask(train=str(tmp_path / "problems.jsonl"), eval_size=3, reward="exact"),
+        rewards=config.Rewards(workers=0),
+        rollout=config.Rollout(prompts=2, group_size=2, max_prompt=8, max_new=4),
+        eval=config.Eval(size=3, samples=2, k=[1, 2], temperature=1.0),
+        mesh=config.Mesh(fsdp=1),
+    )
+    found = ev.run(settings, str(tmp_path / "model"))
+    assert found["problems"] == 3
+    assert {"accuracy", "pass@2", "maj@2", "reward/mean"} <= set(found)
+    assert "pass@2" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
