@@ -21,6 +21,9 @@ def load(
     else:
         seed = seed if task.seed is None else task.seed
         loaded = gym.load(task, seed) if isinstance(task, GymTask) else files.load(task, seed)
+    shared = {r["prompt"] for r in loaded.train} & {r["prompt"] for r in loaded.eval}
+    if shared:
+        raise ValueError(f"task: {loaded.name} has {len(shared)} prompts both in train and in eval, expected none")
     parts = loaded.rewards + _extra_parts(rewards or Rewards(), max_new)
     names = [p.name for p in parts]
     if len(set(names)) < len(names):
