@@ -1,4 +1,4 @@
-"""A tiny learner for tests: eight nasty rows, a loss that couples nothing and one that couples a whole minibatch."""
+"""A tiny learner for tests: eight nasty rows, and a loss that couples nothing or a whole minibatch."""
 
 import functools
 import json
@@ -9,16 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
-from jaxrl_llm.algorithms.base import Algorithm, Needs, flat_plan, no_state
+from jaxrl_llm.algorithms.base import Algorithm, Needs, flat_plan
 from jaxrl_llm.config import Config
 from jaxrl_llm.objectives.weights import weighted_sum
 from jaxrl_llm.sharding.mesh import make_mesh
 from jaxrl_llm.training.learner import Learner
+from jaxrl_llm.training.updates import Watch
 from jaxrl_llm.types import Credit, Rollouts, mean_of
 
 PROMPTS, GROUP, L, T = 4, 2, 5, 6
 ROWS = PROMPTS * GROUP
-SPEC = tiny.spec("qwen3")
+SPEC = tiny.spec("llama", rope_scaling=None, hidden_size=16)
 KEY = jax.random.key(0)
 
 
@@ -55,31 +56,34 @@ def credit(rows: Rollouts) -> Credit:
     return Credit(np.where(rows.mask, rows.reward, 0).astype(rows.reward.dtype))
 
 
-def row_loss(state, views, rows, credit):
-    """A clipped surrogate: couples nothing."""
-    ratio = jnp.exp(jnp.where(rows.trained, views.logp - rows.old_logp, 0))
-    token = -jnp.minimum(ratio * credit.advantage, jnp.clip(ratio, 0.2, 5) * credit.advantage)
-    return weighted_sum(token, credit.weight), {"ratio": mean_of(ratio, rows.trained)}
-
-
-def coupled_loss(state, views, rows, credit):
-    """Centred variance, a quantile and the square of a mean over the minibatch: no split of it adds up."""
-    on = rows.trained
-    n = jnp.maximum(on.sum(), 1)
+def loss(state, views, rows, credit):
+    """A clipped surrogate, which couples nothing, plus `state` times what no split of a minibatch adds up to: a centred
+    variance, a quantile, the square of a mean. One method for both, so that tests share its compiled programs.
+    """
+    on, n = rows.trained, jnp.maximum(rows.trained.sum(), 1)
     logp = jnp.where(on, views.logp, 0)
+    ratio = jnp.exp(jnp.where(on, logp - rows.old_logp, 0))
+    token = -jnp.minimum(ratio * credit.advantage, jnp.clip(ratio, 0.2, 5) * credit.advantage)
     centred = jnp.where(on, logp - logp.sum() / n, 0)
     edge = jnp.nanquantile(jnp.where(on, logp, jnp.nan), 0.3)
     low = on & (logp <= jnp.where(jnp.isnan(edge), 0, edge))
-    loss = (centred**2).sum() / n + jnp.where(low, logp * credit.advantage, 0).sum()
-    loss += 0.1 * (jnp.where(on, views.entropy, 0).sum() / n) ** 2
-    return loss, {"variance": mean_of(centred**2, on)}
+    coupled = (centred**2).sum() / n + jnp.where(low, logp * credit.advantage, 0).sum()
+    coupled += 0.1 * (jnp.where(on, views.entropy, 0).sum() / n) ** 2
+    return weighted_sum(token, credit.weight) + state * coupled, {"ratio": mean_of(ratio, on)}
+
+
+APART, COUPLED = np.float32(0), np.float32(1)  # states
 
 
 @functools.cache
-def algorithm(loss=row_loss, **fields: Any) -> Algorithm:
+def algorithm(loss=loss, **fields: Any) -> Algorithm:
     """A method around a loss; the same arguments give the same object."""
-    fields = {"couples": "minibatch" if loss is coupled_loss else "row", "init": no_state, "plan": flat_plan, **fields}
-    fields = {"needs": Needs(loss=("logp", "entropy") if loss is coupled_loss else ("logp",)), **fields}
+    fields = {
+        "couples": "row",
+        "init": lambda: APART,
+        "plan": flat_plan,
+        "needs": Needs(loss=("logp", "entropy")),
+    } | fields
     return Algorithm(name="test", config=None, credit=lambda state, rows, key: credit(rows), loss=loss, **fields)
 
 
@@ -103,18 +107,17 @@ def learner(alg: Algorithm | None = None, devices: tuple[int, ...] = (), seed: i
     made = _compiled(alg or algorithm(), json.dumps(sections, sort_keys=True), devices)
     made.config = made.config.model_copy(update={"learner": config(learner=settings).learner})
     made.init(tiny.params(SPEC, seed, made.model.dtype))
-    made._watch.seen.clear()
-    made._watch.saw_signal = False
+    made._watch = Watch(made.alg.name, made.config.learner.max_nonfinite)
     return made
 
 
-def gradient(alg: Algorithm, rows: Rollouts, **settings: Any) -> tuple[Any, float]:
+def gradient(rows: Rollouts, state=APART, **settings: Any) -> tuple[Any, float]:
     """The whole gradient of one step, read off a step of plain SGD at rate 1, and the loss."""
     dtype = str(rows.reward.dtype)
     sgd = {"name": "sgd", "lr": 1.0, "clip_norm": 0.0}
-    made = learner(alg, optimizer=sgd, model={"dtype": dtype, "param_dtype": dtype}, learner=settings)
+    made = learner(optimizer=sgd, model={"dtype": dtype, "param_dtype": dtype}, learner=settings)
     before = jax.device_get(made.train.params)
-    _, metrics = made.step((), rows, credit(rows))
+    _, metrics = made.step(state, rows, credit(rows))
     return jax.tree.map(np.subtract, before, jax.device_get(made.train.params)), float(metrics["loss"].sum)
 
 

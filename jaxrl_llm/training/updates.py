@@ -1,7 +1,6 @@
 """From gradients to the next parameters, or to none when a number is not finite, and what the host must hear about it."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -32,7 +31,7 @@ class Health(NamedTuple):
     update: Int[Array, ""]  # its number, from 1
     finite: Bool[Array, ""]
     in_row: Int[Array, ""]  # skipped updates up to this one
-    bad: dict[str, dict[str, Bool[Array, ""]]]  # what was not finite, by "view", "metric" and "gradient"
+    bad: dict[str, dict[str, Bool[Array, ""]]]  # what was not finite, by "view", "metric", "loss" and "gradient"
     signal: Bool[Array, ""]  # some token has an advantage and a weight
     moved: Bool[Array, ""]  # some gradient is not 0
 
@@ -77,7 +76,12 @@ def apply(
     metrics["update/skipped"] = Mean(1 - one, jnp.ones_like(one))
     in_row = jnp.where(finite, 0, train.skipped_in_row + 1)
     skipped = train.skipped + ~finite
-    causes = {"view": loss.bad, "metric": {name: _is_bad(m) for name, m in loss.metrics.items()}, "gradient": bad}
+    causes = {
+        "view": loss.bad,
+        "metric": {name: _is_bad(m) for name, m in loss.metrics.items()},
+        "loss": {"value": ~jnp.isfinite(loss.value)},
+        "gradient": bad,
+    }
     health = Health(train.count[POLICY] + train.skipped + 1, finite, in_row, causes, signal, moved)
     return TrainState(params, opt, count, skipped, in_row), metrics, health
 
@@ -124,6 +128,7 @@ class Watch:
             raise NonFiniteError(f"{message}; learner.max_nonfinite={self.max_nonfinite}")
 
 
-def first_bad(health: Health, kinds: Sequence[str] = ("view", "metric", "gradient")) -> str:
+def first_bad(health: Health) -> str:
     """The first thing that was not finite on the way from views to gradients, e.g. "metric ratio/max"."""
-    return next((f"{kind} {name}" for kind in kinds for name, bad in health.bad[kind].items() if bad), "loss")
+    kinds = ("view", "metric", "loss", "gradient")
+    return next(f"{kind} {name}" for kind in kinds for name, bad in health.bad[kind].items() if bad)

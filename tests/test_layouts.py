@@ -1,0 +1,124 @@
+"""Layouts: different executions of the same rows, with the same views and the same gradient."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from learning import APART, COUPLED, GROUP, ROWS, SPEC, L, T, assert_close, gradient, rollouts
+
+from jaxrl_llm.models import decoder
+from jaxrl_llm.training import layouts
+from jaxrl_llm.training.layouts import HostRows, Layout, arrange, choose, host_rows
+
+
+def host(seed=0, **changes) -> HostRows:
+    return host_rows(replace(rollouts(seed), **changes))
+
+
+def layout(name, sequences=ROWS) -> Layout:
+    return Layout(name, sequences, L, T, GROUP if name == "shared" else 1)
+
+
+NAMES = ("padded", "packed", "shared")
+
+
+@pytest.mark.parametrize("name", ["packed", "shared"])
+def test_layouts_have_the_same_gradient_in_float64(name, x64):
+    rows = rollouts(dtype=np.float64)
+    padded, value = gradient(rows, COUPLED, route="joint")
+    other, same = gradient(rows, COUPLED, route="joint", layout=name, microbatch_rows=4)
+    assert_close(other, padded, 1e-10)
+    assert same == pytest.approx(value, rel=1e-10)
+
+
+@pytest.mark.parametrize("name", ["packed", "shared"])
+def test_layouts_have_the_same_gradient_in_float32(name):
+    padded, value = gradient(rollouts(), APART)
+    other, same = gradient(rollouts(), APART, layout=name, microbatch_rows=4)
+    assert_close(other, padded, 1e-5)
+    assert same == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("sequences", [1, 3, 8])
+def test_every_completion_token_is_scored_once_after_the_right_tokens(name, sequences):
+    """Read off the arrays alone: a token's predictor sees exactly its context and the tokens before it, in order."""
+    rows = host()
+    pieces, piece_of = arrange(layout(name, sequences), rows)
+    scored = []
+    for i, piece in enumerate(pieces):
+        assert piece.tokens.shape == (sequences, layout(name).length)
+        for s, k in np.argwhere(piece.slot < ROWS * T):
+            row, t = divmod(int(piece.slot[s, k]), T)
+            scored.append((row, t))
+            assert piece_of[row] == i and piece.rows[row]
+            assert piece.target[s, k] == rows.tokens[row, t]
+            context = rows.prompt_tokens[rows.prompt[row], : rows.prompt_length[rows.prompt[row]]]
+            seen = piece.at[s, k]
+            mine = piece.segment[s, : seen + 1] == piece.segment[s, seen]
+            if name == "shared":
+                mine |= piece.segment[s, : seen + 1] == 1
+            tokens = piece.tokens[s, : seen + 1][mine]
+            assert tokens.tolist() == [*context, *rows.tokens[row, :t]]
+            assert piece.positions[s, : seen + 1][mine].tolist() == list(range(len(tokens)))
+    assert sorted(scored) == [(b, t) for b in range(ROWS) for t in range(rows.length[b])]
+
+
+def test_the_shared_layout_runs_each_context_once_for_its_group():
+    pieces, _ = arrange(layout("shared", 1), host())
+    contexts = [tuple(p.tokens[0, :L][p.segment[0, :L] > 0]) for p in pieces]
+    assert len(contexts) == len(set(contexts)) == 4
+
+
+def test_a_context_with_more_rows_than_slots_runs_again():
+    rows = host(prompt=np.zeros(ROWS, np.int32))
+    pieces, _ = arrange(layout("shared", 2), rows)
+    assert len(pieces) == 2, "seven rows with tokens in slots of two are four sequences"
+
+
+def test_packing_fills_sequences_and_keeps_within_the_head():
+    rows = host()
+    pieces, _ = arrange(layout("packed", 1), rows)
+    assert len(pieces) < np.count_nonzero(rows.length), "fewer sequences than rows"
+    used = [np.count_nonzero(p.segment) for p in pieces]
+    assert sum(used) == sum(rows.length[b] + rows.prompt_length[rows.prompt[b]] for b in np.flatnonzero(rows.length))
+    assert all(np.count_nonzero(p.slot < ROWS * T) <= T for p in pieces)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_empty_batches_are_one_piece_that_scores_nothing(name):
+    pieces, piece_of = arrange(layout(name), host(length=np.zeros(ROWS, np.int32)))
+    assert len(pieces) == 1 and np.all(pieces[0].slot == ROWS * T)
+    assert np.all(piece_of == 0) and pieces[0].rows.all()
+
+
+def test_an_empty_completion_belongs_to_the_piece_of_its_block():
+    pieces, piece_of = arrange(layout("padded", 2), host())
+    assert rollouts().length[5] == 0 and rollouts().block[5] == rollouts().block[4]
+    assert piece_of[5] == piece_of[4] > 0
+    assert np.array_equal(sum(p.rows.astype(int) for p in pieces), np.ones(ROWS))
+
+
+def test_a_row_with_an_empty_context_is_refused():
+    with pytest.raises(ValueError, match=r"prompt_length: row 2 has an empty context"):
+        arrange(layout("padded"), host(prompt_length=np.array([5, 0, 1, 3], np.int32)))
+
+
+def test_pieces_divide_over_devices():
+    sizes = {"rows": 8, "context": L, "completion": T}
+    assert choose("padded", microbatch_rows=0, **sizes).sequences == 8
+    assert choose("padded", microbatch_rows=2, **sizes, shards=4).sequences == 4
+    assert choose("packed", microbatch_rows=0, **sizes).sequences == 2
+    assert choose("shared", microbatch_rows=4, group_size=2, **sizes) == Layout("shared", 2, L, T, 2)
+    assert choose("shared", microbatch_rows=2, group_size=8, **sizes) == Layout("shared", 1, L, T, 2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_completion_positions_leave_the_model(name):
+    pieces, _ = arrange(layout(name, 2), host())
+    params = jax.eval_shape(lambda: decoder.init(SPEC, jax.random.key(0)))
+    states = jax.eval_shape(
+        lambda p, piece: layouts.hidden(SPEC, p, layout(name, 2), piece, dtype=np.float32), params, pieces[0]
+    )
+    assert states.shape == (2, T * (GROUP if name == "shared" else 1), SPEC.embed)
