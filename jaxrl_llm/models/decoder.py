@@ -171,7 +171,7 @@ def block(
     k = constrain(rotate(k, cos, sin), "batch", "seq", "kv_heads", None)
     v = constrain(v, "batch", "seq", "kv_heads", None)
     out, y = attend(layer_info, q, k, v)
-    out = jnp.einsum("bsnh,nhd->bsd", out, p["o"])
+    out = out.reshape(*x.shape[:2], -1) @ p["o"].reshape(-1, spec.embed)  # one product: XLA transposes for two axes
     x = constrain(x + (out + p["o_bias"] if spec.o_bias else out), "batch", "seq", None)
     h = rms_norm(x, p["mlp_norm"], spec.norm_eps)
     h = ACTIVATIONS[spec.act](h @ p["gate"]) * (h @ p["up"])
