@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
     methods = commands.add_parser("list", help="the methods, or one method and its fields")
     methods.add_argument("name", nargs="?", help="a method")
+    methods.add_argument("--markdown", action="store_true", help="the table of README.md")
     methods.set_defaults(run=_list)
 
     convert = commands.add_parser(
@@ -148,7 +149,10 @@ def _plan(args: argparse.Namespace) -> int:
 def _list(args: argparse.Namespace) -> int:
     from jaxrl_llm import listing
 
-    print(listing.method(args.name) if args.name else listing.methods())
+    if args.name:
+        print(listing.method(args.name))
+    else:
+        print(listing.markdown() if args.markdown else listing.methods())
     return 0
 
 

@@ -18,6 +18,16 @@ def methods() -> str:
     return _columns(rows)
 
 
+def markdown() -> str:
+    """The table of methods in README.md."""
+    lines = ["| method | what it changes | paper |", "|---|---|---|"]
+    for name in algorithms.names():
+        p = algorithms.paper(name)
+        link = f"[{p.title}](https://arxiv.org/abs/{p.arxiv})" if p.arxiv else p.title
+        lines.append(f"| `{name}` | {p.axis} | {link} |")
+    return "\n".join(lines)
+
+
 def method(name: str) -> str:
     """One method: its paper, module docstring and config fields. Raises ValueError for an unknown name."""
     paper, cls = algorithms.paper(name), algorithms.config_class(name)
