@@ -464,7 +464,7 @@ def test_a_config_that_contradicts_the_method_is_refused():
     truncate = config(learner={"importance": {"mode": "truncate"}})
     with pytest.raises(ValueError, match=r"learner.importance.mode=truncate: .* expected none"):
         Learner(truncate, SPEC, algorithm(needs=Needs(importance=False)), mesh)
-    with pytest.raises(ValueError, match=r"its views come from the scorer 'elbo'"):
+    with pytest.raises(ValueError, match=r"its views come from scorer 'elbo', expected that as plug_in"):
         Learner(config(), SPEC, algorithm(needs=Needs(scorer="elbo")), mesh)
 
 

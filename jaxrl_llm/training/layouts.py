@@ -239,7 +239,8 @@ def arrange_rows(at_once: int, rows: HostRows) -> tuple[list[RowPiece], np.ndarr
     index = np.full(count * at_once, -1, np.int32)
     index[: len(rows.length)] = np.arange(len(rows.length))
     piece_of = np.arange(len(rows.length)) // at_once
-    return [RowPiece(x, piece_of == i) for i, x in enumerate(index.reshape(count, at_once))], piece_of
+    split = index.reshape(count, at_once)
+    return [RowPiece(*(split[i], piece_of == i)) for i in range(count)], piece_of
 
 
 def hidden(
@@ -249,7 +250,7 @@ def hidden(
     piece: Piece,
     *,
     dtype: Any,
-    remat: str = "none",
+    remat: decoder.Remat = "none",
 ) -> Float[Array, "n K D"]:
     """Hidden states after the final norm that predict the completion tokens of a piece."""
     attend = _attend_shared(layout, piece) if layout.name == "shared" else attention.causal(piece.segment)

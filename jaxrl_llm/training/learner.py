@@ -27,7 +27,7 @@ from jaxrl_llm.models.spec import ModelSpec
 from jaxrl_llm.sharding import rules
 from jaxrl_llm.training import gradients, layouts, optim, updates
 from jaxrl_llm.training.gradients import Model, PlugIn
-from jaxrl_llm.training.layouts import HostRows, Layout, Piece, RowPiece
+from jaxrl_llm.training.layouts import HostRows, Layout
 from jaxrl_llm.training.minibatches import minibatches
 from jaxrl_llm.training.state import CRITIC, POLICY, TrainState
 from jaxrl_llm.training.updates import NoGradientError, NonFiniteError
@@ -72,11 +72,7 @@ class Learner:
         self.labels = (POLICY, CRITIC) if needs.critic else (POLICY,)
         self.group_size = alg.plan(alg.init()).group_size or config.rollout.group_size
         self.shards = int(np.prod([mesh.shape[axis] for axis in rules.RULES["batch"]]))
-        self._everywhere, split = NamedSharding(mesh, PartitionSpec()), rules.batch_sharding(mesh)
-        self._split = {
-            Piece: Piece(*(split,) * 6, rows=self._everywhere),
-            RowPiece: RowPiece(split, rows=self._everywhere),
-        }
+        self._everywhere, self._split = NamedSharding(mesh, PartitionSpec()), rules.batch_sharding(mesh)
         dtype = jnp.dtype(config.model.dtype)
         self.model = Model(
             spec=spec,
@@ -102,7 +98,8 @@ class Learner:
 
     def _compile(self, rates: dict[str, optax.Schedule]) -> None:
         """The device programs. Layouts and names of views are static; whatever else changes does not recompile."""
-        model, alg, everywhere, grads = self.model, self.alg, self._everywhere, self.shardings
+        model, alg, grads = self.model, self.alg, self.shardings
+        everywhere: Any = self._everywhere
 
         def start(params: dict[str, Params]) -> dict[str, Any]:
             return {label: optim.init(self._optimizers[label], params[label]) for label in self.labels}
@@ -346,7 +343,8 @@ class Learner:
             pieces, piece_of = layouts.arrange(layout, host)
         else:
             pieces, piece_of = layouts.arrange_rows(layout.sequences * layout.slots, host)
-        return layout, jax.device_put(pieces, [self._split[type(piece)] for piece in pieces]), piece_of
+        places = [jax.tree.map(lambda _: self._split, piece)._replace(rows=self._everywhere) for piece in pieces]
+        return layout, jax.device_put(pieces, places), piece_of
 
     def _heat(self, temperature: Any) -> Array:
         """A temperature as a replicated array, so that its value never recompiles; any where it is not used."""
