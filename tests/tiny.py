@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm.models import decoder
@@ -50,11 +51,14 @@ def spec(family: str = "qwen3", **changes: Any) -> ModelSpec:
 
 def params(spec: ModelSpec, seed: int = 0, dtype: Any = np.float32) -> Any:
     """Random parameters whose norms and biases differ from 1 and 0, so that every term matters."""
-    tree = decoder.init(spec, jax.random.key(seed), dtype)
-    leaves, treedef = jax.tree.flatten(tree)
     rng = np.random.default_rng(seed)
-    noise = [0.1 * rng.standard_normal(x.shape) for x in leaves]
-    return jax.tree.unflatten(treedef, [x + n.astype(x.dtype) for x, n in zip(leaves, noise)])
+
+    def one(path: Any, leaf: Any) -> Any:
+        x = rng.standard_normal(leaf.shape)
+        x = 1 + 0.1 * x if "norm" in path[-1].key else 0.3 * x
+        return jnp.asarray(x, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, decoder.abstract(spec, dtype))
 
 
 def tokens(rows: int, length: int, vocab: int = 32, seed: int = 0) -> np.ndarray:
