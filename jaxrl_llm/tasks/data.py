@@ -79,6 +79,11 @@ class Stream:
         chosen = np.argsort(-keys, kind="stable")[:total]
         return [self._prompts[i] for i in chosen[self._process :: self._processes]]
 
+    @property
+    def epoch(self) -> float:
+        """Passes over the prompts drawn so far by all processes, weighted draws not counted."""
+        return self._drawn * self._processes / len(self._prompts)
+
     def state(self) -> dict[str, int]:
         """Where the order stands, for a checkpoint."""
         return {"prompts": len(self._prompts), "drawn": self._drawn, "weighted": self._weighted}

@@ -116,7 +116,6 @@ def _steps(
     config = made.config
     compilations = metrics.Compilations()
     peak = metrics.peak_flops()
-    score = None  # latest held-out accuracy, for keep_best
     progress.phase("train", config.run.steps, at.step)
     while at.step < config.run.steps and not stop.requested:
         numbers, shown = step(made, training, at, progress)
@@ -129,6 +128,7 @@ def _steps(
         if config.run.samples_every and at.step % config.run.samples_every == 0:
             writers.samples(at.step, shown())
         progress.step(at.step, numbers)
+        score = None  # held-out accuracy of this very step, for keep_best
         if config.eval.every and at.step % config.eval.every == 0 and not last:
             score = _held_out(made, training, at.step, f"at step {at.step}", writers, progress).get("accuracy")
         if config.checkpoint.every and at.step % config.checkpoint.every == 0 and not last:
@@ -180,10 +180,11 @@ def step(
         learner.sync_reference()
 
     advantage = np.asarray(credit.advantage)
-    numbers = metrics.of_rows(rows, made.task.rewards, made.task.correct_at) | learner.numbers(report)
+    numbers = metrics.of_rows(rows, made.task.rewards, made.task.correct_at)
     numbers |= metrics.of_batch(batch, advantage, rescored=config.learner.old_logp == "rescore")
+    numbers |= learner.numbers(report)  # a method's exact entropy replaces the estimate
     numbers |= {f"unscored/{cause}": float(n) for cause, n in made.scorer.take_counts().items()}
-    numbers |= {"updates": float(report.updates), "dropped_prompts": float(made.dropped)}
+    numbers |= {"updates": float(report.updates), "dropped_prompts": float(made.dropped), "epoch": made.prompts.epoch}
     numbers |= timer.take()
     numbers |= metrics.throughput(rows, numbers)
     lengths = [len(r.context) + len(r.tokens) for r in rows]

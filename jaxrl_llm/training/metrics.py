@@ -59,13 +59,14 @@ def of_rows(rows: Sequence[Row], rewards: Sequence[RewardSpec], correct_at: floa
 def of_batch(
     rollouts: Rollouts, advantage: Float[Array, "B T"] | None = None, rescored: bool = False
 ) -> dict[str, float]:
-    """Metrics of the packed batch: advantages over trained tokens and, when `old_logp` was rescored by the learner, its
-    distance |old_logp - sampler_logp| over the trained tokens of rows sampled now."""
+    """Metrics of the packed batch: advantages over trained tokens; over those sampled now, `entropy` estimated by the
+    sampled tokens' -old_logp (nats) and, when `old_logp` was rescored by the learner, its distance to `sampler_logp`."""
     trained = np.asarray(rollouts.trained)
-    out = {}
+    fresh = trained & (np.asarray(rollouts.source) == CURRENT)[:, None]
+    old_logp = np.asarray(rollouts.old_logp, np.float64)[fresh]
+    out = {"entropy": float(-old_logp.mean()) if old_logp.size else 0.0}
     if rescored:
-        fresh = trained & (np.asarray(rollouts.source) == CURRENT)[:, None]
-        apart = np.abs(np.asarray(rollouts.old_logp, np.float64) - np.asarray(rollouts.sampler_logp, np.float64))[fresh]
+        apart = np.abs(old_logp - np.asarray(rollouts.sampler_logp, np.float64)[fresh])
         out["sampling/logp_difference_mean"] = float(apart.mean()) if apart.size else 0.0
         out["sampling/logp_difference_max"] = float(apart.max()) if apart.size else 0.0
     if advantage is not None:

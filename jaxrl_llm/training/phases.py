@@ -2,7 +2,6 @@
 
 import time
 
-import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.reporting.progress import Progress
@@ -51,8 +50,10 @@ def warm_start(parts: Parts, params: Params, run: RunDir, stop: Stop, progress: 
             if done % REPORT_EVERY == 0 or done == settings.steps or reached is not None:
                 numbers = {"loss": float(measured.loss), "grad_norm": float(measured.grad_norm)}
                 progress.step(done, numbers | ({} if reached is None else {"accuracy": reached}))
+            due = config.checkpoint.every and done % config.checkpoint.every == 0
+            if due or stop.requested:
+                checkpoints.save(done, state, {"spent": time.monotonic() - began}, {}, wait=stop.requested)
             if stop.requested:
-                checkpoints.save(done, state, {"spent": time.monotonic() - began}, {}, wait=True)
                 progress.note(f"saved step {done} of the warm start in {run.path}; the same command goes on from there")
                 return None
     return state.params
@@ -87,5 +88,4 @@ def report_held_out(
     )
     progress.note(f"held-out {when}: {line}")
     parts.timer.take()  # evaluation is no part of a step's time
-    jax.block_until_ready(params)
     return numbers
