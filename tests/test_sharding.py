@@ -65,6 +65,22 @@ def test_constraints_act_on_cpu_and_need_a_mesh():
         assert constrained(x).sharding.spec == P("fsdp", None, "tp")
 
 
+def test_inside_shard_map_only_the_other_axes_are_pinned():
+    mesh = mesh_of({"fsdp": 2, "tp": 2})
+    seen = []
+
+    def local(x):
+        seen.append((x.shape, rules.ways("batch"), rules.ways("batch", "vocab")))
+        return rules.constrain(x + 1, "batch", "vocab")
+
+    with jax.set_mesh(mesh):
+        assert (rules.ways("batch"), rules.ways("batch", "vocab")) == (2, 4)
+        mapped = jax.shard_map(local, in_specs=P("fsdp"), out_specs=P("fsdp"), axis_names={"fsdp"})
+        np.testing.assert_array_equal(jax.jit(mapped)(jnp.zeros((4, 6))), np.ones((4, 6)))
+    assert seen[0] == ((2, 6), 1, 2)
+    assert rules.ways("batch") == 1
+
+
 def test_what_does_not_divide_is_replicated_with_one_warning(caplog):
     spec = tiny.spec("qwen3", vocab_size=33)  # and 2 kv heads on tp 4
     mesh = mesh_of({"fsdp": 1, "tp": 4})

@@ -236,7 +236,7 @@ def _assemble(
 ) -> jax.Array:
     """One leaf: a tensor, or the stack of a tensor of every layer."""
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:
         if parts[0].layer is None:
             return read(parts[0], index).astype(shape.dtype)
         chosen = parts[index[0]]

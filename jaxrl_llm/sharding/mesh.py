@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -34,7 +35,7 @@ def shape_over(sizes: config.Mesh | None, devices: int) -> list[int]:
     return shape
 
 
-def make_mesh(sizes: config.Mesh | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: config.Mesh | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with axes dp, fsdp, tp, ep, sp over `devices` (all of them by default); None: one device.
 
     A size of -1 takes the devices the others leave. Fewer devices than there are is allowed in a single process.

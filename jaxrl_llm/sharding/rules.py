@@ -77,14 +77,18 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
     Inside `jax.shard_map` only the mesh axes left to the compiler are pinned.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return x
-    sizes = {a: n for a, n in mesh.shape.items() if a not in mesh.manual_axes}
-    return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, sizes)[0])
+    return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, _managed())[0])
 
 
 def ways(*axes: str) -> int:
-    """How many shards the current mesh makes of these logical axes together; 1 without a mesh."""
+    """How many shards the compiler makes of these logical axes together on the current mesh; 1 without a mesh."""
+    sizes = _managed()
+    return math.prod(sizes.get(a, 1) for name in axes for a in RULES[name])
+
+
+def _managed() -> dict[str, int]:
+    """Sizes of the current mesh's axes that are not split by hand (`jax.shard_map`)."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(dict(mesh.shape).get(a, 1) for name in axes for a in RULES[name])
+    return {a: n for a, n in mesh.shape.items() if a not in mesh.manual_axes}
