@@ -252,7 +252,8 @@ def rescore(learner: Learner, alg: Algorithm, plan: Plan, batch: Rollouts, old_l
         if names:
             of = "policy" if policy == "old" else policy
             views = learner.views(batch, tuple(names), of, plan.score_temperature)
-            seen |= {f"{policy}_{name}": getattr(views, name) for name in names}
+            said = {**vars(views), **views.extras}  # plug-in scorers name their views themselves
+            seen |= {f"{policy}_{name}": said[name] for name in names}
     if old_logp:
         batch = batch.with_(old_logp=seen.pop("old_logp"))
     return batch.with_(extras=seen)
