@@ -165,10 +165,14 @@ def take(rows: Rollouts, index: Int[Array, "n"]) -> Rollouts:
 
 
 def take_rows(rows: Rollouts, credit: Credit, index: Int[Array, "n"]) -> tuple[Rollouts, Credit]:
-    """`take` of rows together with their unweighted credit."""
-    keep, at = index >= 0, jnp.maximum(index, 0)
-    credit = jax.tree.map(lambda x: jnp.asarray(x)[at], credit)
-    return take(rows, index), replace(credit, advantage=jnp.where(keep[:, None], credit.advantage, 0))
+    """`take` of rows together with their unweighted credit, which is 0 in every field of a padding row."""
+    taken = jax.tree.map(lambda x: jnp.asarray(x)[jnp.maximum(index, 0)], credit)
+    return take(rows, index), credit_where(index >= 0, taken)
+
+
+def credit_where(on: Bool[Array, "B"], credit: Credit) -> Credit:
+    """Credit of the rows that are `on`; 0 in every field of the others."""
+    return jax.tree.map(lambda x: jnp.where(jnp.expand_dims(on, range(1, x.ndim)), x, jnp.zeros((), x.dtype)), credit)
 
 
 class Mean(NamedTuple):

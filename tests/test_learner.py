@@ -25,6 +25,7 @@ from learning import (
     rollouts,
 )
 
+from jaxrl_llm import algorithms
 from jaxrl_llm.algorithms.base import Needs, Plan
 from jaxrl_llm.config import Importance
 from jaxrl_llm.sharding.mesh import make_mesh
@@ -81,6 +82,28 @@ def test_single_microbatches_and_known_views_skip_the_extra_forward():
         assert_close(jax.device_get(made.train.params), after, 1e-6)
     finally:
         made._score = score
+
+
+@pytest.mark.parametrize("name, fields", [("grpo", {"beta": 0.1}), ("dpo", {}), ("ppo", {})])
+def test_methods_that_fuse_have_their_joint_gradient(name, fields):
+    """Pairs and padding rows included: one prompt of four has no pair."""
+    alg = algorithms.make(name, **fields)
+    sgd = {"name": "sgd", "lr": 1.0, "clip_norm": 0.0}
+    rows, state = rollouts(), alg.init()
+    rows = rows.with_(extras={"ref_logp": rows.old_logp + 0.1, "old_values": 0.3 * rows.old_logp})
+    rows = jax.tree.map(jnp.asarray, rows)
+    given = alg.credit(state, rows, KEY)
+    if alg.select:
+        rows, given, _ = alg.select(state, {}, rows, given, KEY)
+    after = []
+    for settings in ({"route": "joint"}, {"route": "fused", "microbatch_rows": 4}):
+        made = learner(alg, optimizer=sgd, learner=settings)
+        before = jax.device_get(made.train.params)
+        _, metrics = made.step(state, rows, given)
+        moved = jax.tree.map(np.subtract, before, jax.device_get(made.train.params))
+        after.append((moved, {k: metric_value(m) for k, m in metrics.items()}))
+    assert_close(after[1][0], after[0][0], 1e-4)
+    assert after[1][1] == pytest.approx(after[0][1], rel=1e-3, abs=1e-6)
 
 
 def test_whole_blocks_fuse_and_split_blocks_do_not():

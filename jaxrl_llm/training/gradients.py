@@ -31,6 +31,7 @@ from jaxrl_llm.types import (
     Rollouts,
     State,
     Views,
+    credit_where,
     mean_of,
     merge_metrics,
     take,
@@ -194,10 +195,9 @@ def fused(
 
 
 def restrict(rows: Rollouts, credit: Credit, on: Bool[Array, "B"]) -> tuple[Rollouts, Credit]:
-    """Rows that are not `on` train nothing, have no weight and are in no statistic."""
+    """Rows that are not `on` train nothing, are in no statistic, and have no credit."""
     rows = rows.with_(mask=rows.mask & on[:, None], stat=rows.stat & on, scored=rows.scored & on)
-    weight, reg_weight = (jnp.where(on[:, None], w, 0) for w in (credit.weight, credit.reg_weight))
-    return rows, replace(credit, weight=weight, reg_weight=reg_weight)
+    return rows, credit_where(on, credit)
 
 
 def add(a: Loss, b: Loss) -> Loss:
