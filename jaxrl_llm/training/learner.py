@@ -66,7 +66,7 @@ class Learner:
             )
         if (needs.scorer != CAUSAL) != (plug_in is not None):
             raise ValueError(
-                f"algorithm.name={alg.name!r}: its views come from the scorer {needs.scorer!r}, expected it here"
+                f"algorithm.name={alg.name!r}: its views come from scorer {needs.scorer!r}, expected that as plug_in"
             )
         self.config, self.spec, self.alg, self.mesh = config, spec, alg, mesh
         self.labels = (POLICY, CRITIC) if needs.critic else (POLICY,)
