@@ -5,15 +5,19 @@ import math
 
 import jax
 import jax.numpy as jnp
+import learning
 import numpy as np
 import pytest
+import tiny
 from arrays import credit_of, rollouts
 
 from jaxrl_llm import algorithms
 from jaxrl_llm.algorithms import gdpo
 from jaxrl_llm.algorithms.base import value_and_grad
 from jaxrl_llm.objectives import elbo
-from jaxrl_llm.types import Mean, Views
+from jaxrl_llm.sharding.mesh import make_mesh
+from jaxrl_llm.training.learner import Learner
+from jaxrl_llm.types import Mean, Views, metric_value
 
 KEY = jax.random.key(0)
 MASK_ID, VOCAB = 5, 6
@@ -269,6 +273,24 @@ def test_the_scorer_reports_the_contributions_of_its_draws():
         all_logp = jax.nn.log_softmax(table(jnp.where(hidden[:, n, k], MASK_ID, rows.tokens)) + params)
         logp[:, n, k] = np.take_along_axis(np.asarray(all_logp), np.asarray(rows.tokens)[..., None], -1)[..., 0]
     np.testing.assert_allclose(got, elbo.contributions(jnp.asarray(logp), hidden, grid), rtol=1e-12)
+
+
+def test_the_learner_runs_its_updates_over_a_plug_in_scorer():
+    with jax.enable_x64(False):
+        settings = gdpo.Config(updates=2)
+        alg = gdpo.build(settings)
+        words = lambda params, ids: params["embed"][ids]  # noqa: E731
+
+        def network(params, rows, ids):  # every position sees the bag of all words
+            return (words(params, ids) + words(params, ids).mean(1, keepdims=True)) @ params["embed"].T
+
+        made = Learner(learning.config(), learning.SPEC, alg, make_mesh(None), gdpo.scorer(settings, network, MASK_ID))
+        made.init(tiny.params(learning.SPEC))
+        rows = learning.rollouts().with_(extras={"mask_key": np.arange(learning.ROWS, dtype=np.int32)})
+        rows = rows.with_(extras={"old_elbo": made.views(rows, ("elbo",)).extras["elbo"]})
+        _, report = made.update(alg.init(), rows, alg.credit((), jax.tree.map(jnp.asarray, rows), KEY), KEY)
+    first, second = (metric_value(m["ratio/max"]) for m in report.per_update)
+    assert report.updates == 2 and first == pytest.approx(1, abs=1e-5) and abs(second - 1) > 1e-4
 
 
 def test_rows_get_new_mask_keys_every_step():
