@@ -13,6 +13,8 @@ from pydantic_core import ErrorDetails
 
 from jaxrl_llm.config import Config, FileTask, GymTask
 
+FLAT_EXTRAS = ("prompt_id",)  # row data that `rollout.collectors.flat` gives every method
+
 
 def check(config: Config) -> None:
     """Everything that can be said without importing jax; the method's section is `check_method`."""
@@ -217,6 +219,17 @@ def expectation(error: ErrorDetails) -> str:
 def _needs(config: Config, name: str, alg: Any) -> None:
     needs, reference = alg.needs, config.reference
     wants_reference = needs.reference or any(view.startswith("ref_") for view in needs.rescore)
+    if needs.scorer != "causal":
+        raise ValueError(
+            f"algorithm.name={name!r}: its views come from the scorer {needs.scorer!r}, expected a method whose views "
+            "come from a decoder; this one is called from Python (training.learner)"
+        )
+    unknown = [extra for extra in needs.row_extras if extra not in FLAT_EXTRAS]
+    if unknown and alg.plan(alg.init()).collector is None:
+        raise ValueError(
+            f"algorithm.name={name!r}: needs {', '.join(unknown)} of every row, which single-turn sampling does not give, "
+            "expected another method, or a collector from Python"
+        )
     if wants_reference and reference.mode == "none":
         raise ValueError(f"reference.mode=none: {name} needs a reference policy, expected resident or host")
     if not wants_reference and reference.mode != "none":
