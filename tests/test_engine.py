@@ -334,6 +334,13 @@ def test_sliding_windows_hide_old_context_and_own_tokens():
     assert_logps_are_teacher_forced(CONTEXTS, answers, params=params, spec=spec)
 
 
+def test_an_engine_in_float64_samples_the_same(plain, x64):
+    want = flat(plain.generate(CONTEXTS, COUNTS, seed=3, step=3))
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), PARAMS)
+    made = engine(params=params, dtype=jnp.float64, batch_invariant=True)
+    assert_same(want, flat(made.generate(CONTEXTS, COUNTS, seed=3, step=3)), made.stats["item_margins"])
+
+
 def test_decode_attention_is_two_part_attention(x64):
     rng = np.random.default_rng(0)
     s, kv, r, hd, length, own = 3, 2, 2, 4, 5, 6

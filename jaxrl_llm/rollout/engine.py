@@ -147,14 +147,13 @@ class Engine:
         owner = np.repeat(np.arange(len(contexts)), n)
         if not len(owner):
             return [[] for _ in contexts]
-        shards = self._deal(contexts, owner)
+        shards = np.array_split(np.arange(len(owner)), self._shards)  # items of every shard: equal runs
         with jax.set_mesh(self.mesh):
             keys = np.asarray(self._keys(seed, step, first_item + np.arange(_power(len(owner)), dtype=np.int32)))
-            pool, queue, counts = self._upload(contexts, owner, shards, keys, limits, sampling)
+            pool, queue = self._upload(contexts, owner, shards, keys, limits, sampling)
             truncated = bool((sampling.top_k > 0).any() or (sampling.top_p < 1).any() or (sampling.min_p > 0).any())
             done = _Results(len(owner), self.max_new, int(self.version or 0), on_finished)
-            first = np.array([items[0] if len(items) else 0 for items in shards])
-            self._loop(truncated, pool, queue, counts, jax.device_put(hook_state, self._everywhere), first, done)
+            self._loop(truncated, pool, queue, shards, jax.device_put(hook_state, self._everywhere), done)
         self.stats = done.stats() | {"compilations": self.compilations, "contexts": len(contexts)}
         completions = iter(done.completions)
         return [[next(completions) for _ in range(k)] for k in n]  # type: ignore[misc]
@@ -186,12 +185,8 @@ class Engine:
             full("min_p", min_p, np.float32),
         )
 
-    def _deal(self, contexts: Sequence[np.ndarray], owner: np.ndarray) -> list[np.ndarray]:
-        """Equal runs of items for the shards."""
-        return np.array_split(np.arange(len(owner)), self._shards)
-
-    def _upload(self, contexts, owner, shards, keys, limits, sampling) -> tuple[Any, decode.Job, jax.Array]:
-        """Prefilled contexts, queues and their lengths, for every shard."""
+    def _upload(self, contexts, owner, shards, keys, limits, sampling) -> tuple[Any, decode.Job]:
+        """Prefilled contexts and queues, for every shard."""
         local = [np.unique(owner[items]) for items in shards]  # a group that straddles shards is prefilled in both
         rows = _power(max(len(c) for c in local))
         lengths = np.array([len(c) - 1 for c in contexts])
@@ -217,16 +212,17 @@ class Engine:
         )
         batch = min(rows, _power(max(PREFILL_TOKENS // columns, 1)))
         pool = self._prefill(batch, self._params, jax.device_put(tokens, self._shard), max(len(c) for c in local))
-        counts = np.array([len(items) for items in shards], np.int32)
-        return pool, jax.device_put(queue, self._shard), jax.device_put(counts, self._shard)
+        return pool, jax.device_put(queue, self._shard)
 
-    def _loop(self, truncated, pool, queue, counts, hook_state, first, done: "_Results") -> None:
+    def _loop(self, truncated, pool, queue, shards, hook_state, done: "_Results") -> None:
         """Decode until every shard has emptied its queue; sort logs into completions while the device goes on."""
         size = -(-self.slots // self._shards) if self.slots else AUTO_SLOTS
         if not self.batch_invariant:
             size = min(size, queue.limit.shape[1])
         slots = self._idle(size, pool[0].v.shape[-2], queue)
-        total = np.asarray(counts)
+        total = np.array([len(items) for items in shards], np.int32)
+        first = np.array([items[0] if len(items) else 0 for items in shards])
+        counts, last = jax.device_put(total, self._shard), None
         while True:
             smaller = 0 if self.batch_invariant or size <= MIN_SLOTS else size // 2
             # Alone, a shard may stop as soon as half its slots suffice; with others it would only wait for them.
@@ -234,16 +230,16 @@ class Engine:
             slots, log, status = self._decode(
                 truncated, self._weights, pool, queue, counts, shrink_at, self._stop_table, hook_state, slots
             )
+            if last is not None:
+                done.add(*last)  # while the device is busy
             live, taken, steps = np.asarray(status).T
-            finished = live.max() == 0 and (taken >= total).all()
-            if not finished and (taken >= total).all() and live.max() <= smaller:
-                used, size = size, min(smaller, max(MIN_SLOTS, _power(int(live.max()))))
-                slots = self._compact(size, slots)
-            else:
-                used = size
-            done.add(log, steps, first, used)
-            if finished:
-                return
+            last = (log, steps, first, size)
+            if (taken >= total).all():
+                if live.max() == 0:
+                    return done.add(*last)
+                if live.max() <= smaller:
+                    size = min(smaller, max(MIN_SLOTS, _power(int(live.max()))))
+                    slots = self._compact(size, slots)
 
     def _compile(self, settings: decode.Settings) -> None:
         """The jitted programs. Inside, every shard sees only its own leading index, which is dropped."""
@@ -296,7 +292,9 @@ class Engine:
         self._prepare = jax.jit(counted(partial(decode.prepare, spec, settings.dtype)), out_shardings=weights)
         self._prefill = jax.jit(counted(prefill), static_argnums=0, out_shardings=self._shard)
         self._idle = jax.jit(counted(idle), static_argnums=(0, 1))
-        self._decode = jax.jit(counted(decode_), static_argnums=0, donate_argnums=8)
+        # Every process reads the whole log, so that all of them take the same decisions.
+        out = (self._shard, self._everywhere, self._everywhere)
+        self._decode = jax.jit(counted(decode_), static_argnums=0, donate_argnums=8, out_shardings=out)
         self._compact = jax.jit(counted(compact), static_argnums=0)
         self._keys = jax.jit(counted(item_keys))
 

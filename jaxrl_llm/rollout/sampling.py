@@ -132,12 +132,20 @@ def _keep(
     vocab = scaled.shape[-1]
     top = scaled.max(-1, keepdims=True)
     order = _ordered_bits(scaled)
+    lowest = jnp.zeros(order.shape[0], order.dtype)  # a threshold that keeps everything
     # The largest threshold that still leaves enough tokens, then enough mass, found bit by bit: no sort.
     k = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
-    keep = order >= _largest(order, lambda above: above.sum(-1) >= k)[:, None]
+    most_likely = lax.cond(
+        jnp.any(k < vocab), lambda: _largest(order, lambda above: above.sum(-1) >= k), lambda: lowest
+    )
+    keep = order >= most_likely[:, None]
     mass = jnp.where(keep, jnp.exp(scaled - top), 0)
-    enough = top_p.astype(scaled.dtype) * mass.sum(-1)
-    nucleus = _largest(order, lambda above: jnp.where(above, mass, 0).sum(-1) >= enough)
+    enough = jnp.where(top_p < 1, top_p, 0).astype(scaled.dtype) * mass.sum(-1)
+    nucleus = lax.cond(
+        jnp.any(top_p < 1),
+        lambda: _largest(order, lambda above: jnp.where(above, mass, 0).sum(-1) >= enough),
+        lambda: lowest,
+    )
     keep_p = keep & ((order >= nucleus[:, None]) | (top_p >= 1)[:, None])
     floor = jnp.log(min_p).astype(scaled.dtype)[:, None]  # -inf keeps everything
     final = (keep_p & (scaled - top >= floor)) | (scaled == top)
