@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scripted
 from arrays import credit_of, loss_and_grad, rollouts
 
 from jaxrl_llm import algorithms
 from jaxrl_llm.advantages import two_level
+from jaxrl_llm.rollout.collectors import row_of
+from jaxrl_llm.rollout.rows import pack
 
 GROUP = [0, 0, 0, 0, 0, 0, 1]
 TRAJ = [0, 0, 0, 1, 1, 2, 3]
@@ -160,3 +163,10 @@ def test_the_kl_and_entropy_terms_can_be_switched_off():
     value, _ = loss_and_grad(alg, rows, LOGP, credit_of([1.5, -0.5], rows, anchor_shared=[True, False]))
     # max(-A r, -A clip r) of the four tokens by hand; the last is at the dual clip.
     np.testing.assert_allclose(value, (-1.8 - 1.5 + 0.5 * np.exp(-0.1) + 1.5) / 4, rtol=1e-12)
+
+
+def test_rows_that_know_no_trajectory_are_refused():
+    prompt, said = scripted.prompt(0, [1]), scripted.completion([2])
+    needs = algorithms.make("gigpo").needs.row_extras
+    with pytest.raises(ValueError, match="needs traj, step_index, step_reward, invalid, anchor_id"):
+        pack([row_of(prompt, said, 0)], contexts=1, prompt_len=1, size=1, length=1, parts=1, extras=needs)

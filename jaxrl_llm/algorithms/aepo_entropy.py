@@ -122,7 +122,7 @@ def build(config: Config) -> Algorithm:
         chosen = substitutes(
             np.asarray(credit.score), extra & np.asarray(rows.scored), len(main), config, float(state["entropy"])
         )
-        rows, credit = take_rows(rows, credit, np.concatenate([chosen, main[len(chosen) :]]))
+        rows, credit = take_rows(rows, credit, jnp.asarray(np.append(chosen, main[len(chosen) :])))
         new = jnp.arange(len(main))[:, None] < len(chosen)
         advantage = jnp.where(new & rows.trained, 1, credit.advantage)
         return Selection(rows, Credit(advantage, score=credit.score), memory)

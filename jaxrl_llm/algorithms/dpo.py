@@ -73,7 +73,7 @@ def build(config: Config) -> Algorithm:
         )
         index = np.full((pair_slots(group, exists, config.pairing), 2), -1)
         index[: len(pairs[0])] = np.stack(pairs, 1)
-        rows, credit = take_rows(rows, credit, index.ravel())
+        rows, credit = take_rows(rows, credit, jnp.asarray(index.ravel()))
         role = jnp.where(index >= 0, np.array([1, -1]), 0).ravel().astype(credit.advantage.dtype)
         credit = Credit(jnp.where(rows.trained, role[:, None], 0), score=credit.score, extras={"role": role})
         return Selection(rows.with_(block=jnp.arange(index.size, dtype=jnp.int32) // 2), credit, memory)

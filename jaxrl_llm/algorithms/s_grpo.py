@@ -127,8 +127,7 @@ def serial(config: Config, step: int) -> Callable[..., Generator[Any, Any, Any]]
                 )
             )
         full = [
-            row_of(prompt, path, g, exit_order=config.exits + 1)
-            for g, (prompt, path) in enumerate(zip(prompts, paths))
+            row_of(prompt, path, g, exit_order=config.exits + 1) for g, (prompt, path) in enumerate(zip(prompts, paths))
         ]
         rows += full
         yield Score(rows)

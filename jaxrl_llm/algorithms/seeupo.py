@@ -135,7 +135,7 @@ def build(config: Config) -> Algorithm:
             index = np.full(size, -1)
             here = np.flatnonzero(trained & (turn == k))
             index[: len(here)] = here
-            part, part_credit = take_rows(rows, credit, index)
+            part, part_credit = take_rows(rows, credit, jnp.asarray(index))
             scale = np.where(index >= 0, m[traj[index]], 1)[:, None]
             part_credit = replace(part_credit, advantage=part_credit.advantage * scale)
             part = part.with_(old_logp=learner.views(part, ("logp",)).logp)

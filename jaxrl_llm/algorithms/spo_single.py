@@ -120,12 +120,12 @@ def build(config: Config) -> Algorithm:
         rows = jax.tree.map(np.asarray, rows)
         counted = np.flatnonzero(rows.counted)
         prompt, reward = rows.extras["prompt_id"][counted], rows.score[counted]
-        rho = np.full(len(counted), config.rho_min, np.float32)
+        rho = jnp.full(len(counted), config.rho_min, jnp.float32)
         if config.rho == "drift":
             last = memory.get("last", {})
             old_rows, old_logp = previous(rows, last)
             now = views(old_rows, ("logp",), "policy").logp
-            drift = trackers.drift(old_logp, now, old_rows.mask)[counted]
+            drift = trackers.drift(jnp.asarray(old_logp), now, old_rows.mask)[counted]
             rho = trackers.forgetting(drift, config.drift_half, config.rho_min, config.rho_max)
             logp = np.asarray(views(rows, ("logp",), "policy").logp, np.float32)
             fresh = {

@@ -64,11 +64,11 @@ def reward_pairs(
     for g in dict.fromkeys(group[np.asarray(counted, bool)].tolist()):
         rows = np.flatnonzero((group == g) & np.asarray(counted, bool))
         if pairing == "all":
-            pairs += [(i, j) for i in rows for j in rows if reward[i] > reward[j]]
+            pairs += [(int(i), int(j)) for i in rows for j in rows if reward[i] > reward[j]]
         elif len(rows) >= 2:
-            best = rows[np.argmax(reward[rows])]
+            best = int(rows[np.argmax(reward[rows])])
             others = rows[rows != best]
-            worst = others[np.argmin(reward[others])]
+            worst = int(others[np.argmin(reward[others])])
             if not (drop_ties and reward[best] == reward[worst]):
                 pairs.append((best, worst))
     chosen, rejected = np.array(pairs, np.int64).reshape(-1, 2).T

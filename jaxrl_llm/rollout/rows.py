@@ -110,6 +110,10 @@ def pack(
             raise ValueError(
                 f"row {i}: context {len(r.context)} and completion {n} do not fit {prompt_len} and {length}"
             )
+        if missing := [name for name in extras if name not in r.extras]:
+            raise ValueError(
+                f"row {i}: the method needs {', '.join(missing)} of a row, expected a collector that says it"
+            )
         key = (r.group, r.context.tobytes())
         c = index.setdefault(key, len(index))
         if c >= contexts:
