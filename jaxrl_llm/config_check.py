@@ -168,7 +168,7 @@ def _mesh(config: Config) -> None:
 
 
 def check_method(config: Config) -> Config:
-    """Check `algorithm` against the method's own fields and needs (imports jax, computes nothing on a device).
+    """Check `algorithm` against the method's own fields and needs (imports jax).
 
     Returns: the config with `algorithm` holding values of the types the method declares.
     """
