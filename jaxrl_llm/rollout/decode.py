@@ -142,8 +142,8 @@ def decode(
     settings: Settings,
     truncated: bool,
     weights: Params,
-    pool: tuple[Cache, ...],
-    queue: Job,
+    pool: tuple[Cache, ...] | None,
+    queue: Job | None,
     count: Int[Array, ""],
     shrink_at: Int[Array, ""],
     stop_table: Int[Array, "states V"] | None,
@@ -152,7 +152,8 @@ def decode(
 ) -> tuple[Slots, Log, Int[Array, "3"]]:
     """Decode until the log is full, or the queue is empty and at most `shrink_at` slots are live.
 
-    With `settings.lockstep` a shard goes on idly until the others are done, too.
+    Without `pool` and `queue`, whose `count` items are all taken, the program is the same for any number of contexts and
+    items. With `settings.lockstep` a shard goes on idly until the others are done, too.
 
     Returns: the slots, the log, and (live slots, items taken, steps done in this call).
     """
@@ -170,7 +171,9 @@ def decode(
 
     def body(carry: tuple[Slots, Log, Array, Array]) -> tuple[Slots, Log, Array, Array]:
         slots, log, steps, _ = carry
-        slots, row = step(settings, truncated, weights, stop_table, hook_state, refill(pool, queue, count, slots))
+        if pool is not None and queue is not None:
+            slots = refill(pool, queue, count, slots)
+        slots, row = step(settings, truncated, weights, stop_table, hook_state, slots)
         log = Log(*(lax.dynamic_update_slice_in_dim(x, r[None].astype(x.dtype), steps, 0) for x, r in zip(log, row)))
         return slots, log, steps + 1, busy(slots)
 

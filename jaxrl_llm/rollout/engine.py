@@ -29,8 +29,8 @@ from jaxrl_llm.sharding.rules import partition
 from jaxrl_llm.types import Params
 
 SHARDED = ("dp", "fsdp")  # mesh axes over which items are dealt out
-MIN_SLOTS = 4  # per shard; below this a smaller program is hardly faster
-AUTO_SLOTS = 128  # per shard, at most, when the caller leaves the choice
+MIN_SLOTS = 8  # per shard; below this a smaller program is not worth its compilation
+AUTO_SLOTS, AUTO_SLOTS_CPU = 512, 128  # per shard, at most, when the caller leaves the choice
 MIN_COLUMNS = 16  # shortest compiled context
 PREFILL_TOKENS = 8192  # per shard, at once
 CLOSE = 1e-5  # a choice with a smaller margin may differ between compiled sizes
@@ -216,7 +216,8 @@ class Engine:
 
     def _loop(self, truncated, pool, queue, shards, hook_state, done: "_Results") -> None:
         """Decode until every shard has emptied its queue; sort logs into completions while the device goes on."""
-        size = -(-self.slots // self._shards) if self.slots else AUTO_SLOTS
+        auto = AUTO_SLOTS_CPU if self.mesh.devices.flat[0].platform == "cpu" else AUTO_SLOTS
+        size = -(-self.slots // self._shards) if self.slots else auto
         if not self.batch_invariant:
             size = min(size, queue.limit.shape[1])
         slots = self._idle(size, pool[0].v.shape[-2], queue)
@@ -239,7 +240,7 @@ class Engine:
                     return done.add(*last)
                 if live.max() <= smaller:
                     size = min(smaller, max(MIN_SLOTS, _power(int(live.max()))))
-                    slots = self._compact(size, slots)
+                    slots, pool, queue = self._compact(size, slots), None, None
 
     def _compile(self, settings: decode.Settings) -> None:
         """The jitted programs. Inside, every shard sees only its own leading index, which is dropped."""
