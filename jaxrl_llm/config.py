@@ -144,7 +144,7 @@ class Rollout(Section):
     top_p: float = described(1.0, "keep the smallest set with this mass", gt=0, le=1)
     min_p: float = described(0.0, "drop tokens below this share of the most likely one's probability", ge=0, lt=1)
     stop: list[str] = described([], "stop strings, besides the end-of-sequence ids", max_length=16)
-    slots: int = described(0, "rows decoded at once; 0 chooses from prompts × group_size", ge=0)
+    slots: int = described(0, "rows decoded at once; 0 chooses by device and number of completions", ge=0)
     dtype: Literal["same", "float32", "bfloat16"] = described("same", "compute dtype of generation")
     batch_invariant: bool = described(False, "one compiled size: bitwise replays, slower tails")
 

@@ -30,13 +30,17 @@ from jaxrl_llm.types import Params
 
 SHARDED = ("dp", "fsdp")  # mesh axes over which items are dealt out
 MIN_SLOTS = 8  # per shard; below this a smaller program is not worth its compilation
-AUTO_SLOTS, AUTO_SLOTS_CPU = 512, 128  # per shard, at most, when the caller leaves the choice
 MIN_COLUMNS = 16  # shortest compiled context
 PREFILL_TOKENS = 8192  # per shard, at once
 CLOSE = 1e-5  # a choice with a smaller margin may differ between compiled sizes
 STOP_NAMES = {decode.ON_TOKEN: STOP_TOKEN, decode.ON_STRING: STOP_STRING, decode.ON_LENGTH: STOP_LENGTH}
 
 PerContext = float | Sequence[float] | None  # one number for all contexts, one for each, or the engine's default
+
+
+def most_slots(platform: str) -> int:
+    """Rows decoded at once per shard when the caller leaves the choice. A CPU is busy with 32; more only wait longer."""
+    return 32 if platform == "cpu" else 512
 
 
 class Engine:
@@ -216,8 +220,8 @@ class Engine:
 
     def _loop(self, truncated, pool, queue, shards, hook_state, done: "_Results") -> None:
         """Decode until every shard has emptied its queue; sort logs into completions while the device goes on."""
-        auto = AUTO_SLOTS_CPU if self.mesh.devices.flat[0].platform == "cpu" else AUTO_SLOTS
-        size = -(-self.slots // self._shards) if self.slots else auto
+        platform = self.mesh.devices.flat[0].platform
+        size = -(-self.slots // self._shards) if self.slots else most_slots(platform)
         if not self.batch_invariant:
             size = min(size, queue.limit.shape[1])
         slots = self._idle(size, pool[0].v.shape[-2], queue)

@@ -58,7 +58,7 @@ def engine(
     settings: dict[str, Any] = {
         "max_prompt": r.max_prompt,
         "max_new": r.max_new,
-        "slots": r.slots or r.prompts * r.group_size,
+        "slots": r.slots,
         "temperature": r.temperature,
         "top_k": r.top_k,
         "top_p": r.top_p,

@@ -14,6 +14,7 @@ from jaxrl_llm.config import Config, Optimizer
 from jaxrl_llm.models import critic, decoder, hf
 from jaxrl_llm.models.scorers import CHUNK_ELEMENTS
 from jaxrl_llm.models.spec import ModelSpec, from_hf
+from jaxrl_llm.rollout.engine import most_slots
 from jaxrl_llm.sharding import rules
 from jaxrl_llm.sharding.mesh import AXES, shape_over
 from jaxrl_llm.tasks.text import load_text
@@ -170,7 +171,8 @@ def _decode_dtype(config: Config) -> str:
 
 
 def _slots(config: Config, step: Step) -> int:
-    return config.rollout.slots or step.rows
+    shards = math.prod(step.mesh[a] for a in rules.RULES["batch"])
+    return config.rollout.slots or min(step.rows, shards * most_slots(jax.default_backend()))
 
 
 def _cache_bytes(config: Config, step: Step) -> int:
