@@ -188,6 +188,18 @@ def test_a_reward_that_says_nothing_costs_its_row_and_is_counted(tmp_path):
     assert np.isfinite(line["loss"]) and np.isfinite(line["grad_norm"])
 
 
+def test_a_group_left_with_one_scored_row_warns_once_and_trains_on(tmp_path):
+    def leave_one(step, rows):
+        letters(step, rows)
+        for row in rows[1:4]:
+            row.scored = False
+
+    with pytest.warns(UserWarning, match="nothing to be compared with"):
+        assert loop.train(configured(tmp_path, run={"steps": 1}), on_rows=leave_one) == 0
+    line = next(line for line in metrics_of(tmp_path) if "groups_of_one" in line)
+    assert line["groups_of_one"] == 1 and np.isfinite(line["grad_norm"])
+
+
 # What a method needs of the config besides its name; the rest of BASE is the same for all.
 NEEDS = {
     "s_grpo": {"rollout": {"prompts": 2, "group_size": 3, "max_prompt": 10, "max_new": 16}},

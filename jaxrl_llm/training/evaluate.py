@@ -80,7 +80,7 @@ def summarize(rows: Sequence[Row], task: Task, ks: Sequence[int]) -> dict[str, f
     accuracy, reward/mean and reward/std, reward/<part>, pass@k, maj@k, completions/*, unscored/rows, problems.
     """
     out = of_rows(rows, task.rewards, task.correct_at)
-    del out["frac_reward_zero_std"]
+    del out["frac_reward_zero_std"], out["groups_of_one"]
     groups: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
         groups[row.group] += [row] if row.scored else []

@@ -5,6 +5,7 @@ run killed anywhere and resumed from its last checkpoint gives the numbers of on
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -181,6 +182,10 @@ def step(
 
     advantage = np.asarray(credit.advantage)
     numbers = metrics.of_rows(rows, made.task.rewards, made.task.correct_at)
+    if alg.needs.min_group > 1 and numbers["groups_of_one"]:  # Python shows a warning once
+        warnings.warn(
+            f"{alg.name}: groups with a single scored completion have nothing to be compared with", stacklevel=2
+        )
     numbers |= metrics.of_batch(batch, advantage, rescored=config.learner.old_logp == "rescore")
     numbers |= learner.numbers(report)  # a method's exact entropy replaces the estimate
     numbers |= {f"unscored/{cause}": float(n) for cause, n in made.scorer.take_counts().items()}

@@ -26,7 +26,8 @@ def of_rows(rows: Sequence[Row], rewards: Sequence[RewardSpec], correct_at: floa
 
     `reward/mean` and `reward/std` are of the weighted total over scored rows, `reward/<part>` of the unweighted part.
     `accuracy` is the share of scored rows whose first part, the task's own, reaches `correct_at`.
-    `frac_reward_zero_std` is the share of groups (of at least two scored rows) whose totals all agree.
+    `frac_reward_zero_std` is the share of groups (of at least two scored rows) whose totals all agree, `groups_of_one`
+    the number of those with a single scored row.
     `completions/clipped_ratio` is the share of rows cut off by the length limit.
     """
     fresh = [r for r in rows if r.stat]
@@ -48,6 +49,7 @@ def of_rows(rows: Sequence[Row], rewards: Sequence[RewardSpec], correct_at: floa
         groups.setdefault(r.group, []).append(float(total))
     same = [_agree(g) for g in groups.values() if len(g) > 1]
     out["frac_reward_zero_std"] = float(np.mean(same)) if same else 0.0
+    out["groups_of_one"] = float(sum(len(g) == 1 for g in groups.values()))
     lengths = [len(r.tokens) for r in fresh] or [0]
     out["completions/mean_length"] = float(np.mean(lengths))
     out["completions/max_length"] = float(max(lengths))
