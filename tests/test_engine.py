@@ -144,12 +144,12 @@ def test_policy_logp_is_at_the_default_temperature_whatever_the_call_samples_at(
     assert_logps_are_teacher_forced(CONTEXTS, answers, temperature=taus)
 
 
-def test_nothing_cached_survives_a_weight_update():
-    made = engine()
-    before = made.generate(CONTEXTS, COUNTS, seed=0, step=0)
+def test_nothing_cached_survives_a_weight_update(plain):
+    before = plain.generate(CONTEXTS, COUNTS, seed=0, step=0)
     newer = sharp(SPEC, 5)
-    made.set_weights(newer, version=8)
-    after = made.generate(CONTEXTS, COUNTS, seed=0, step=0)
+    plain.set_weights(newer, version=8)
+    after = plain.generate(CONTEXTS, COUNTS, seed=0, step=0)
+    plain.set_weights(PARAMS, version=7)
     assert_logps_are_teacher_forced(CONTEXTS, before)
     assert_logps_are_teacher_forced(CONTEXTS, after, params=newer)
     assert {c.version for c in flat(after)} == {8}
@@ -162,12 +162,11 @@ def test_a_row_does_not_depend_on_slots_batch_mates_or_bucket(plain):
     assert_same(together, flat(wide.generate(CONTEXTS, COUNTS, seed=4, step=1)), margins)
     invariant = engine(slots=6, batch_invariant=True)
     assert_same(together, flat(invariant.generate(CONTEXTS, COUNTS, seed=4, step=1)), margins)
-    # Alone: another bucket of contexts, of items, and other mates.
-    first = 0
-    for i, n in enumerate(COUNTS):
+    # Alone: other buckets of contexts and items, and other mates.
+    for i in (1, 3):
+        first, n = sum(COUNTS[:i]), COUNTS[i]
         alone = plain.generate([CONTEXTS[i]], [n], seed=4, step=1, first_item=first)
-        assert_same(together[first : first + n], alone[0], margins[first : first + n]) if n else None
-        first += n
+        assert_same(together[first : first + n], alone[0], margins[first : first + n])
 
 
 def test_samples_differ_between_items_steps_and_seeds_and_repeat_otherwise(plain):
@@ -196,54 +195,53 @@ def test_first_tokens_have_the_frequencies_of_the_model():
     assert chi2 < len(observed) + 4 * np.sqrt(2 * len(observed))
 
 
-def test_slots_are_refilled_until_many_more_items_than_slots_are_done():
-    made = engine(eos_ids=(3, 4, 5, 6, 7), slots=4)
+@pytest.fixture(scope="module")
+def stopping():
+    """Stops on a fifth of the tokens, the padding token among them; the host looks every 7 steps."""
+    return engine(eos_ids=(0, 3, 4, 5, 6, 7), chunk=7)
+
+
+def test_slots_are_refilled_until_many_more_items_than_slots_are_done(stopping):
     counts = [13, 1, 9, 0, 7]
-    answers = made.generate(CONTEXTS, counts, seed=0, step=0)
+    seen = {}
+    answers = stopping.generate(
+        CONTEXTS, counts, seed=0, step=0, on_finished=lambda i, c: seen.setdefault(i, []).append(c)
+    )
     assert [len(a) for a in answers] == counts
     assert_logps_are_teacher_forced(CONTEXTS, answers)
     lengths = [len(c.tokens) for c in flat(answers)]
     assert len(set(lengths)) > 3
-    assert made.stats["tokens"] == sum(lengths)
-    assert made.stats["slot_utilisation"] > 0.8
-    # Many more steps than cache columns: the ring of own tokens went round.
-    assert made.stats["steps"] > 2 * NEW
+    assert stopping.stats["tokens"] == sum(lengths)
+    assert stopping.stats["slot_utilisation"] > 0.8
+    assert stopping.stats["steps"] > 2 * NEW, "the ring of own tokens went round"
+    assert [seen[i] for i in range(sum(counts))] == [[c] for c in flat(answers)], "each was announced once"
 
 
-def test_stop_tokens_end_a_completion_and_are_kept(plain):
-    long = flat(plain.generate(CONTEXTS, COUNTS, seed=0, step=3))
-    eos = sorted({int(c.tokens[4]) for c in long})[:3]
-    stopping = engine(eos_ids=eos)
-    for x, y in zip(long, flat(stopping.generate(CONTEXTS, COUNTS, seed=0, step=3))):
-        hits = np.flatnonzero(np.isin(x.tokens, eos))
-        end = hits[0] + 1 if len(hits) else NEW
-        np.testing.assert_array_equal(y.tokens, x.tokens[:end])
-        assert y.stop == (STOP_TOKEN if len(hits) else STOP_LENGTH)
-
-
-def test_a_stop_token_on_the_last_allowed_position_is_a_stop_token(plain):
-    (c,) = plain.generate([CONTEXTS[1]], [1], seed=0, step=0)[0]
-    (d,) = engine(eos_ids=(int(c.tokens[0]),)).generate([CONTEXTS[1]], [1], seed=0, step=0, max_new=1)[0]
-    assert d.stop == STOP_TOKEN and len(d.tokens) == 1
-
-
-def test_pad_as_stop_token_is_sampled_and_kept():
-    params = {**PARAMS, "unembed": PARAMS["unembed"].at[:, 0].set(PARAMS["unembed"][:, 0] * 3)}
-    made = engine(params=params, eos_ids=(0,))
-    answers = flat(made.generate(CONTEXTS, [4] * 5, seed=0, step=0))
-    stopped = [c for c in answers if c.stop == STOP_TOKEN]
-    assert stopped and all(c.tokens[-1] == 0 and (c.tokens[:-1] != 0).all() for c in stopped)
+def test_stop_tokens_end_a_completion_and_are_kept(plain, stopping):
+    ends = set()
+    for limit in (NEW, 2):
+        long = flat(plain.generate(CONTEXTS, COUNTS, seed=0, step=3, max_new=limit))
+        for x, y in zip(long, flat(stopping.generate(CONTEXTS, COUNTS, seed=0, step=3, max_new=limit))):
+            hits = np.flatnonzero(np.isin(x.tokens, (0, 3, 4, 5, 6, 7)))
+            end = hits[0] + 1 if len(hits) else limit
+            np.testing.assert_array_equal(y.tokens, x.tokens[:end])
+            assert y.stop == (STOP_TOKEN if len(hits) else STOP_LENGTH)
+            ends |= {
+                "pad" if y.tokens[-1] == 0 else "other",
+                "at the limit" if len(hits) and end == limit else "before",
+            }
+    assert ends == {"pad", "other", "at the limit", "before"}
 
 
 def test_stop_strings_end_a_completion_with_the_token_that_completes_them(plain):
     rng = np.random.default_rng(0)
     pieces = ["".join(rng.choice(list("ab"), rng.integers(1, 4))).encode() for _ in range(SPEC.vocab)]
     strings = ["abba", "bbbb"]
-    stopping = engine(stop_strings=strings, pieces=pieces)
+    made = engine(stop_strings=strings, pieces=pieces)
     kinds = set()
     for x, y in zip(
         flat(plain.generate(CONTEXTS, COUNTS, seed=0, step=3)),
-        flat(stopping.generate(CONTEXTS, COUNTS, seed=0, step=3)),
+        flat(made.generate(CONTEXTS, COUNTS, seed=0, step=3)),
     ):
         texts = [b"".join(pieces[t] for t in x.tokens[: i + 1]).decode() for i in range(NEW)]
         hits = [i for i, text in enumerate(texts) if any(s in text for s in strings)]
@@ -261,13 +259,6 @@ def test_limits_differ_by_context_without_changing_the_tokens(plain):
         for x, y in zip(a, b):
             np.testing.assert_array_equal(y.tokens, x.tokens[:limit])
             assert y.stop == STOP_LENGTH
-
-
-def test_finished_completions_are_announced_once():
-    made = engine(eos_ids=(3, 4, 5), chunk=3)
-    seen = {}
-    answers = made.generate(CONTEXTS, COUNTS, seed=0, step=0, on_finished=lambda i, c: seen.setdefault(i, []).append(c))
-    assert [seen[i] for i in range(sum(COUNTS))] == [[c] for c in flat(answers)]
 
 
 def test_nothing_compiles_when_temperatures_limits_and_counts_vary(plain):
@@ -349,7 +340,7 @@ def test_decode_attention_is_two_part_attention(x64):
     k_own, v_own = (jnp.asarray(rng.normal(size=(s, own, kv, hd))) for _ in range(2))
     seen_ctx = np.arange(length) < np.array([[0], [2], [5]])  # an empty context among them
     seen_own = np.arange(own) < np.array([[1], [6], [3]])
-    got = decode.joined(
+    got = jax.jit(decode.joined, static_argnums=5)(
         q,
         decode.Cache(k_ctx.transpose(0, 2, 3, 1), v_ctx.transpose(0, 2, 1, 3)),
         jnp.asarray(seen_ctx),
@@ -359,7 +350,9 @@ def test_decode_attention_is_two_part_attention(x64):
     )
     masks = (jnp.asarray(m)[:, None, None] for m in (seen_ctx, seen_own))
     ctx_mask, own_mask = masks
-    want = two_part(q[:, None, None], k_ctx, v_ctx, ctx_mask, k_own[:, None], v_own[:, None], own_mask, 0.3)
+    want = jax.jit(two_part, static_argnums=7)(
+        q[:, None, None], k_ctx, v_ctx, ctx_mask, k_own[:, None], v_own[:, None], own_mask, 0.3
+    )
     np.testing.assert_allclose(got, want[:, 0, 0], atol=1e-12)
 
 

@@ -5,8 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.rollout.sampling import Sampling, choose, item_keys, truncate, uniforms
+from jaxrl_llm.rollout import sampling as functions
+from jaxrl_llm.rollout.sampling import Sampling, item_keys
 from jaxrl_llm.rollout.stops import stop_table
+
+choose = jax.jit(functions.choose, static_argnames=("score_temperature", "truncated"))
+truncate, uniforms = jax.jit(functions.truncate), jax.jit(functions.uniforms)
 
 
 def sampling(rows: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> Sampling:
@@ -95,9 +99,7 @@ def test_frequencies_match_the_truncated_distribution(rule):
     keys = item_keys(0, 0, jnp.arange(draws))
     u = uniforms(keys, jnp.zeros(draws, jnp.int32))
     every = jnp.broadcast_to(logits, (draws, vocab))
-    choice = choose(
-        every, u, sampling(draws, **rule), score_temperature=1.0, truncated="temperature" in rule or bool(rule)
-    )
+    choice = choose(every, u, sampling(draws, **rule), score_temperature=1.0, truncated=bool(rule))
     p = np.asarray(jax.nn.softmax(truncate(logits, *sampling(1, **rule)), -1)[0], np.float64)
     counts = np.bincount(np.asarray(choice.token), minlength=vocab)
     assert counts[p == 0].sum() == 0
