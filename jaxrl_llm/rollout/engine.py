@@ -90,7 +90,7 @@ class Engine:
         self.max_prompt, self.max_new, self.slots = max_prompt, max_new, slots
         self.defaults = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         self.batch_invariant = batch_invariant
-        self.stats: dict[str, float] = {}
+        self.stats: dict[str, Any] = {}  # of the last call
         self.compilations = 0
         self._shards = int(np.prod([mesh.shape[a] for a in SHARDED]))
         self._shard = NamedSharding(mesh, PartitionSpec(SHARDED))
@@ -170,7 +170,7 @@ class Engine:
         if len(lengths) and (lengths.min() < 1 or lengths.max() > self.max_prompt):
             raise ValueError(f"contexts: {lengths.min()} to {lengths.max()} tokens, expected 1 to {self.max_prompt}")
 
-        def full(name: str, given: PerContext, dtype: Any) -> np.ndarray:
+        def full(name: str, given: PerContext, dtype: Any) -> Any:
             value = self.defaults[name] if given is None else given
             array = np.broadcast_to(np.asarray(value, dtype), lengths.shape)
             low, high = {"temperature": (0, np.inf), "top_k": (0, np.inf), "top_p": (0, 1), "min_p": (0, 1)}[name]
@@ -193,22 +193,22 @@ class Engine:
         """Prefilled contexts and queues, for every shard."""
         local = [np.unique(owner[items]) for items in shards]  # a group that straddles shards is prefilled in both
         rows = _power(max(len(c) for c in local))
-        lengths = np.array([len(c) - 1 for c in contexts])
+        lengths: Any = np.array([len(c) - 1 for c in contexts], np.int32)  # of what is cached
         columns = min(_power(max(int(lengths.max()), MIN_COLUMNS)), self.max_prompt)
         tokens = np.zeros((self._shards, rows, columns), np.int32)
         size = _power(max(len(items) for items in shards))
         pick = np.zeros((self._shards, size), int)  # items of the call; beyond a shard's count never taken
-        place = np.zeros((self._shards, size), np.int32)
+        place: Any = np.zeros((self._shards, size), np.int32)
         for d, (mine, items) in enumerate(zip(local, shards)):
             for row, c in enumerate(mine):
                 tokens[d, row, : lengths[c]] = contexts[c][:-1]
             pick[d, : len(items)] = items
             place[d, : len(items)] = np.searchsorted(mine, owner[items])
-        last = np.array([c[-1] for c in contexts], np.int32)
+        last: Any = np.array([c[-1] for c in contexts], np.int32)
         whose = owner[pick]
         queue = decode.Job(
             context=place,
-            length=lengths[whose].astype(np.int32),
+            length=lengths[whose],
             token=last[whose],
             limit=limits[whose],
             key=keys[pick],

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
@@ -228,14 +227,3 @@ def _best(logits: Float[Array, "S V"]) -> tuple[Int[Array, "S"], Float[Array, "S
     best = jnp.argmax(logits, -1).astype(jnp.int32)
     others = jnp.where(jnp.arange(logits.shape[-1]) == best[:, None], -jnp.inf, logits)
     return best, logits.max(-1) - others.max(-1)
-
-
-def sampling_arrays(size: int, temperature, top_k, top_p, min_p) -> Sampling:
-    """Host arrays of `size` rows from numbers or arrays."""
-
-    def full(x, dtype):
-        return np.broadcast_to(np.asarray(x, dtype), (size,))
-
-    return Sampling(
-        full(temperature, np.float32), full(top_k, np.int32), full(top_p, np.float32), full(min_p, np.float32)
-    )
