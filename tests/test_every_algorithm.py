@@ -331,3 +331,11 @@ def test_a_method_says_what_it_is(name):
 def test_a_yaml_names_a_method_and_its_fields(path):
     section = yaml.safe_load(path.read_text())["algorithm"]
     assert algorithms.make(**section).name == section["name"]
+
+
+def test_a_missing_reference_view_is_named_in_one_line():
+    alg = algorithms.make("rloo", beta=0.1)
+    rows = nasty.rollouts(0, alg.needs)
+    rows = replace(rows, extras={})
+    with pytest.raises(ValueError, match=r"rloo with these settings needs rows\.extras\['ref_logp'\], views\.logp"):
+        algorithms.value_and_grad(alg, alg.init(), rows, Views())

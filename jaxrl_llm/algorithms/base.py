@@ -187,7 +187,16 @@ def value_and_grad(
       views: the current policy's views (`alg.needs.loss`).
       credit: given advantages instead of `alg.credit`'s; unweighted credit is weighed.
     Returns: the scalar loss and a `Views` of gradients, exactly 0 at untrained positions.
+    Raises ValueError that names what the method needs of `rows.extras` or `views` and was not given.
     """
+    # Old views and row data are what `credit` reads (given credit has read them), or a plug-in scorer.
+    causal = alg.needs.scorer == "causal"
+    wanted = [v for v in alg.needs.rescore if credit is None or not v.startswith("old_")]
+    wanted += alg.needs.row_extras if causal and credit is None else ()
+    missing = [f"rows.extras[{name!r}]" for name in wanted if name not in rows.extras]
+    missing += [f"views.{name}" for name in alg.needs.loss if causal and getattr(views, name) is None]
+    if missing:
+        raise ValueError(f"{alg.name} with these settings needs {', '.join(missing)}")
     if credit is None:
         credit = alg.credit(state, rows, jax.random.key(0) if key is None else key)
     credit = jax.lax.stop_gradient(credit)
