@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm import algorithms
-from jaxrl_llm.algorithms.base import Algorithm, Plan
+from jaxrl_llm.algorithms.base import Algorithm, Plan, Selection
 from jaxrl_llm.config import Config
 from jaxrl_llm.reporting import samples
 from jaxrl_llm.reporting.progress import Progress
@@ -168,25 +168,24 @@ def step(
     with timer.phase("rescore"):
         batch = jax.block_until_ready(rescore(learner, alg, plan, sampled, config.learner.old_logp == "rescore"))
     credit = training.credit(at.state, batch, key)
-    trained, memory = (batch, credit), at.memory
+    chosen = Selection(batch, credit, at.memory)
     if alg.select:
-        *trained, memory = alg.select(at.state, memory, batch, credit, key)
+        chosen = alg.select(at.state, at.memory, batch, credit, key)
 
     progress.activity("update")
     with timer.phase("update"):
-        state, report = learner.update(at.state, *trained, key)
-    state, memory = alg.observe(state, memory, *trained, report, learner.views)
+        state, report = learner.update(at.state, chosen.rows, chosen.credit, key)
+    state, memory = alg.observe(state, chosen.memory, chosen.rows, chosen.credit, report, learner.views)
     at.step, at.state, at.memory = at.step + 1, state, memory
     if config.reference.sync_every and at.step % config.reference.sync_every == 0:
         learner.sync_reference()
 
-    advantage = np.asarray(credit.advantage)
     numbers = metrics.of_rows(rows, made.task.rewards, made.task.correct_at)
     if alg.needs.min_group > 1 and numbers["groups_of_one"]:  # Python shows a warning once
         warnings.warn(
             f"{alg.name}: groups with a single scored completion have nothing to be compared with", stacklevel=2
         )
-    numbers |= metrics.of_batch(batch, advantage, rescored=config.learner.old_logp == "rescore")
+    numbers |= metrics.of_batch(batch, credit.advantage, rescored=config.learner.old_logp == "rescore")
     numbers |= learner.numbers(report)  # a method's exact entropy replaces the estimate
     numbers |= {f"unscored/{cause}": float(n) for cause, n in made.scorer.take_counts().items()}
     numbers |= {"updates": float(report.updates), "dropped_prompts": float(made.dropped), "epoch": made.prompts.epoch}
@@ -194,7 +193,7 @@ def step(
     numbers |= metrics.throughput(rows, numbers)
     lengths = [len(r.context) + len(r.tokens) for r in rows]
     numbers["flops"] = metrics.training_flops(made.spec, learner.parameters, lengths) * config.learner.epochs
-    return numbers, lambda: samples.from_rows(rows, advantage, _shown(made), plan.group_size)  # type: ignore[arg-type]
+    return numbers, lambda: samples.from_rows(rows, np.asarray(credit.advantage), _shown(made), plan.group_size)
 
 
 def collect(made: Parts, params: Params, plan: Plan, step: int) -> list[Row]:
