@@ -5,6 +5,7 @@ the ones the policy was scored on. A later turn is appended to the sampled token
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -128,6 +129,7 @@ def load_text(config: Tokenizer, model_path: str | None = None) -> Text:
             raise ValueError("tokenizer.path: is missing, expected a directory (or tokenizer.chars, or model.path)")
         if not (Path(path) / "tokenizer.json").is_file():
             raise ValueError(f"tokenizer.path: {path!r} has no tokenizer.json, expected a Hugging Face directory")
+        _transformers_without_advice()
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
@@ -156,6 +158,8 @@ def character_tokenizer(chars: str) -> Any:
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, processors
+
+    _transformers_without_advice()
     from transformers import PreTrainedTokenizerFast
 
     repeated = sorted({c for c in chars if chars.count(c) > 1})
@@ -171,6 +175,11 @@ def character_tokenizer(chars: str) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token=PAD, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
     )
+
+
+def _transformers_without_advice() -> None:
+    """Before its first import: don't tell a user of ours that PyTorch is missing."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def _eos_ids(own: int | None, places: Sequence[Path]) -> tuple[int, ...]:
