@@ -52,6 +52,7 @@ def run(kind: str, seed: int, seconds: float | None) -> dict:
         wall = time.perf_counter() - began
         lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
     held_out = [line["eval/accuracy"] for line in lines if "eval/accuracy" in line]
+    before = 0.0 if kind == "sft" else held_out[0]  # sft: from random weights, whose first evaluation is the last
     steps = [line["timing/step"] for line in lines if "timing/step" in line]
     return {
         "kind": kind,
@@ -60,9 +61,9 @@ def run(kind: str, seed: int, seconds: float | None) -> dict:
         "rl_seconds": round(sum(steps), 1),
         "rl_steps": len(steps),
         "problems": int(next(line["eval/problems"] for line in lines if "eval/problems" in line)),
-        "before": round(held_out[0], 4),
+        "before": round(before, 4),
         "after": round(held_out[-1], 4),
-        "gain_points": round(100 * (held_out[-1] - held_out[0]), 1),
+        "gain_points": round(100 * (held_out[-1] - before), 1),
         "overrides": overrides,
     }
 
