@@ -321,8 +321,10 @@ def test_sliding_windows_hide_old_context_and_own_tokens():
     spec = tiny.spec("qwen3", use_sliding_window=True, sliding_window=4, max_window_layers=1, num_hidden_layers=3)
     assert set(spec.windows) == {0, 4}
     params = sharp(spec, 1)
-    answers = engine(spec, params).generate(CONTEXTS, COUNTS, seed=0, step=0)
-    assert_logps_are_teacher_forced(CONTEXTS, answers, params=params, spec=spec)
+    made = engine(spec, params)
+    for counts in (COUNTS, [5, 4, 4, 4, 5]):  # contexts of their own, and shared ones
+        answers = made.generate(CONTEXTS, counts, seed=0, step=0)
+        assert_logps_are_teacher_forced(CONTEXTS, answers, params=params, spec=spec)
 
 
 def test_an_engine_in_float64_samples_the_same(plain, x64):
@@ -332,44 +334,58 @@ def test_an_engine_in_float64_samples_the_same(plain, x64):
     assert_same(want, flat(made.generate(CONTEXTS, COUNTS, seed=3, step=3)), made.stats["item_margins"])
 
 
+def test_slots_that_share_a_lane_write_what_slots_alone_do(plain):
+    counts = [9, 1, 0, 6, 10]  # of one context more than a lane has places
+    limits = [3, 10, 1, 7, 5]  # so places and lanes fall free at different times
+    shared, alone = engine(), engine(batch_invariant=True)
+    got, want = (e.generate(CONTEXTS, counts, seed=3, step=3, max_new=limits) for e in (shared, alone))
+    assert shared._shape(CONTEXTS, np.repeat(range(5), counts), sum(counts)) == (4, (2, 4))
+    assert_same(flat(got), flat(want), alone.stats["item_margins"])
+    assert_logps_are_teacher_forced(CONTEXTS, got)
+
+
 def test_decode_attention_is_two_part_attention(x64):
     rng = np.random.default_rng(0)
     s, kv, r, hd, length, own = 3, 2, 2, 4, 5, 6
     q = jnp.asarray(rng.normal(size=(s, kv * r, hd)))
     k_ctx, v_ctx = (jnp.asarray(rng.normal(size=(s, length, kv, hd))) for _ in range(2))
     k_own, v_own = (jnp.asarray(rng.normal(size=(s, own, kv, hd))) for _ in range(2))
-    seen_ctx = np.arange(length) < np.array([[0], [2], [5]])  # an empty context among them
+    seen_ctx = np.arange(length) < np.array([[0], [3], [5]])  # an empty context among them
     seen_own = np.arange(own) < np.array([[1], [6], [3]])
-    got = jax.jit(decode.joined, static_argnums=5)(
+    lanes = np.array([0, 2, 2])  # the context of each slot
+    seats = (jnp.array([[0, 0], [0, 0], [2, 1]]), jnp.asarray(lanes), jnp.array([1, 1, 0]))
+    got = jax.jit(decode.joined, static_argnums=6)(
         q,
+        seats,
         decode.Cache(k_ctx.transpose(0, 2, 3, 1), v_ctx.transpose(0, 2, 1, 3)),
-        jnp.asarray(seen_ctx),
+        jnp.broadcast_to(seen_ctx[:, None], (s, 2, length)),
         decode.Cache(k_own.transpose(0, 2, 3, 1), v_own.transpose(0, 2, 1, 3)),
         jnp.asarray(seen_own),
         0.3,
     )
-    masks = (jnp.asarray(m)[:, None, None] for m in (seen_ctx, seen_own))
-    ctx_mask, own_mask = masks
+    k_ctx, v_ctx = k_ctx[lanes], v_ctx[lanes]
+    ctx_mask, own_mask = (jnp.asarray(m)[:, None, None] for m in (seen_ctx[lanes], seen_own))
     want = jax.jit(two_part, static_argnums=7)(
         q[:, None, None], k_ctx, v_ctx, ctx_mask, k_own[:, None], v_own[:, None], own_mask, 0.3
     )
     np.testing.assert_allclose(got, want[:, 0, 0], atol=1e-12)
 
 
-def test_the_decode_loop_neither_calls_the_host_nor_copies_its_caches(plain):
-    text, temporaries, caches = lowered(plain)
+@pytest.mark.parametrize("lanes", [(64, 1), (16, 8)])
+def test_the_decode_loop_neither_calls_the_host_nor_copies_its_caches(plain, lanes):
+    text, temporaries, caches = lowered(plain, lanes)
     assert "callback" not in text and "infeed" not in text and "outfeed" not in text
     assert temporaries < caches / 2
 
 
-def lowered(made):
+def lowered(made, lanes):
     spec = made.spec
     slots, columns, items = 64, 512, 64
     settings = made.settings._replace(max_new=512, chunk=4)
     queue = jax.eval_shape(lambda: queue_of(items))
-    pool = jax.eval_shape(lambda: decode.idle_slots(spec, jnp.float32, 8, 1, columns, queue_of(items)).context)
+    pool = jax.eval_shape(lambda: decode.idle_slots(spec, jnp.float32, 1, (8, 1), 1, columns, queue_of(items)).context)
     state = jax.eval_shape(
-        lambda: decode.idle_slots(spec, jnp.float32, slots, settings.max_new, columns, queue_of(items))
+        lambda: decode.idle_slots(spec, jnp.float32, slots, lanes, settings.max_new, columns, queue_of(items))
     )
     weights = jax.eval_shape(partial(decode.prepare, spec, jnp.float32), PARAMS)
     number = jax.ShapeDtypeStruct((), jnp.int32)
@@ -387,7 +403,7 @@ def queue_of(items):
     zeros = jnp.zeros(items, jnp.int32)
     floats = jnp.ones(items)
     return decode.Job(
-        zeros, zeros, zeros, zeros, jnp.zeros((items, 2), jnp.uint32), Sampling(floats, zeros, floats, floats)
+        zeros, zeros, zeros, zeros, zeros, jnp.zeros((items, 2), jnp.uint32), Sampling(floats, zeros, floats, floats)
     )
 
 

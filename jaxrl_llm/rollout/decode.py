@@ -5,10 +5,14 @@ takes n steps of a slot and needs at most `max_new` cache columns. All slots wri
 `clock % max_new`; a slot that took an item `age` steps ago sees the newest `age + 1` columns. So a refill resets one
 number, nothing is ever moved, and a write is one slice, not a scatter.
 
+Slots that continue one context read it together: a lane holds a context, and has places for the queries of as many slots.
+Every item knows its place; the item in place 0 opens a lane, which is free again when none of its items is live or waiting.
+With long prompts this is most of what a step reads.
+
 Keys are stored `[.., hd, columns]`: queries times keys is then a plain row-major matrix product (twice as fast on CPU).
 
-Letters: S slots, N items in the queue, P contexts, L context columns, T own columns (max_new), K key/value heads, R query
-heads per key/value head, hd head width, V vocabulary, C steps between two looks of the host.
+Letters: S slots, N items in the queue, P contexts, L context columns, T own columns (max_new), W lanes, G places of a lane,
+K key/value heads, R query heads per key/value head, hd head width, V vocabulary, C steps between two looks of the host.
 """
 
 from typing import Any, NamedTuple
@@ -43,7 +47,7 @@ class Settings(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer, for contexts (rows P), slots' contexts or own tokens (rows S)."""
+    """Keys and values of one layer, for contexts (rows P), lanes (rows W) or own tokens (rows S)."""
 
     k: Float[Array, "rows K hd columns"]
     v: Float[Array, "rows K columns hd"]
@@ -53,6 +57,7 @@ class Job(NamedTuple):
     """An item of the queue [N], or what a slot works on [S]."""
 
     context: Int[Array, "N"]  # row of the pool
+    place: Int[Array, "N"]  # within its lane; items of a lane follow each other, from place 0
     length: Int[Array, "N"]  # cached context tokens
     token: Int[Array, "N"]  # the context's last token, the first input
     limit: Int[Array, "N"]  # most new tokens, at least 1
@@ -70,7 +75,10 @@ class Slots(NamedTuple):
     token: Int[Array, "S"]  # next input
     stop: Int[Array, "S"]  # state of the stop-string automaton
     job: Job
-    context: tuple[Cache, ...]  # per layer, of each slot's context
+    lane: Int[Array, "S"]
+    open: Int[Array, ""]  # lane of the item taken last
+    occupant: Int[Array, "W G"]  # the slot that last took this place; what it reads there matters only while it has it
+    context: tuple[Cache, ...]  # per layer, of every lane
     own: tuple[Cache, ...]  # per layer
 
 
@@ -126,16 +134,30 @@ def prefill(
     return lax.fori_loop(0, -(-count // batch), some, pool)
 
 
-def idle_slots(spec: ModelSpec, dtype: Any, size: int, max_new: int, length: int, queue: Job) -> Slots:
-    """`size` slots before the first step, with room for contexts of `length` cached tokens."""
+def idle_slots(
+    spec: ModelSpec, dtype: Any, size: int, lanes: tuple[int, int], max_new: int, length: int, queue: Job
+) -> Slots:
+    """`size` slots before the first step. `lanes`: how many, and places of each; with room for `length` cached tokens."""
 
-    def caches(columns: int) -> tuple[Cache, ...]:
-        k = jnp.zeros((size, spec.kv_heads, spec.head_dim, columns), dtype)
+    def caches(rows: int, columns: int) -> tuple[Cache, ...]:
+        k = jnp.zeros((rows, spec.kv_heads, spec.head_dim, columns), dtype)
         return tuple(Cache(k, k.swapaxes(2, 3)) for _ in range(spec.layers))
 
     zero, zeros = jnp.zeros((), jnp.int32), jnp.zeros(size, jnp.int32)
-    job = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (size, *x.shape[1:])), queue)  # idle, but like the others
-    return Slots(zero, zero, zeros - 1, zeros, zeros, zeros, job, caches(length), caches(max_new))
+    return Slots(
+        clock=zero,
+        next=zero,
+        item=zeros - 1,
+        age=zeros,
+        token=zeros,
+        stop=zeros,
+        job=jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (size, *x.shape[1:])), queue),  # idle, but like the others
+        lane=zeros,
+        open=zero,
+        occupant=jnp.zeros(lanes, jnp.int32),
+        context=caches(lanes[0], length),
+        own=caches(size, max_new),
+    )
 
 
 def decode(
@@ -182,26 +204,35 @@ def decode(
 
 
 def refill(pool: tuple[Cache, ...], queue: Job, count: Int[Array, ""], slots: Slots) -> Slots:
-    """Idle slots take the next items of the queue, and their contexts' caches."""
+    """Idle slots take the next items of the queue, as far as there are lanes; a new lane gets its context's cache."""
+    lanes, last = slots.occupant.shape[0], queue.token.shape[0] - 1
     idle = slots.item < 0
     new = slots.next + jnp.cumsum(idle, dtype=jnp.int32) - 1
-    take = idle & (new < count)
+    mine = jax.tree.map(lambda q: q[jnp.minimum(new, last)], queue)
+    wanted = idle & (new < count)
+    opening = jnp.cumsum(wanted & (mine.place == 0), dtype=jnp.int32)  # lanes opened up to and with this slot
+    held = jnp.zeros(lanes, bool).at[jnp.where(idle, lanes, slots.lane)].set(True, mode="drop")
+    to_come = queue.place[jnp.minimum(slots.next, last)] > 0
+    held = held.at[slots.open].set(held[slots.open] | to_come)
+    (free,) = jnp.nonzero(~held, size=lanes, fill_value=0)
+    take = wanted & (opening <= jnp.sum(~held))
     taken = jnp.sum(take, dtype=jnp.int32)
-    mine = jax.tree.map(lambda q: q[jnp.minimum(new, q.shape[0] - 1)], queue)
+
     job = jax.tree.map(lambda a, b: jnp.where(take.reshape(-1, *[1] * (a.ndim - 1)), a, b), mine, slots.job)
-    (takers,) = jnp.nonzero(take, size=take.shape[0], fill_value=0)
+    lane = jnp.where(opening > 0, free[jnp.clip(opening - 1, 0, lanes - 1)], slots.open).astype(jnp.int32)
+    lane = jnp.where(take, lane, slots.lane)
+    opens = take & (mine.place == 0)
+    (openers,) = jnp.nonzero(opens, size=opens.shape[0], fill_value=0)
 
     def load(i: Array, context: tuple[Cache, ...]) -> tuple[Cache, ...]:
-        slot = takers[i]
-        source = job.context[slot]
+        to, source = lane[openers[i]], job.context[openers[i]]
         return jax.tree.map(
-            lambda kept, all_: lax.dynamic_update_slice_in_dim(
-                kept, lax.dynamic_slice_in_dim(all_, source, 1), slot, 0
-            ),
+            lambda kept, all_: lax.dynamic_update_slice_in_dim(kept, lax.dynamic_slice_in_dim(all_, source, 1), to, 0),
             context,
             pool,
         )
 
+    slot = jnp.arange(idle.shape[0], dtype=jnp.int32)
     return slots._replace(
         next=slots.next + taken,
         item=jnp.where(take, new, slots.item),
@@ -209,7 +240,10 @@ def refill(pool: tuple[Cache, ...], queue: Job, count: Int[Array, ""], slots: Sl
         token=jnp.where(take, job.token, slots.token),
         stop=jnp.where(take, 0, slots.stop),
         job=job,
-        context=lax.fori_loop(0, taken, load, slots.context),
+        lane=lane,
+        open=jnp.where(taken > 0, lane[jnp.argmax(jnp.where(take, new, -1))], slots.open),
+        occupant=slots.occupant.at[jnp.where(take, lane, lanes), job.place].set(slot, mode="drop"),
+        context=lax.fori_loop(0, jnp.sum(opens), load, slots.context),
     )
 
 
@@ -264,7 +298,7 @@ def token_logits(settings: Settings, weights: Params, slots: Slots) -> tuple[Flo
     past = (slots.clock - jnp.arange(columns)) % columns  # steps since a column was written
     own_seen = past <= slots.age[:, None]
     at = jnp.arange(slots.context[0].v.shape[2])
-    context_seen = at < job.length[:, None]
+    context_seen = at < job.length[slots.occupant][..., None]
 
     def attend(info: LayerInfo, q: Array, k: Array, v: Array) -> tuple[Array, Cache]:
         assert isinstance(info.window, int)
@@ -275,9 +309,10 @@ def token_logits(settings: Settings, weights: Params, slots: Slots) -> tuple[Flo
         )
         seen_c, seen_o = context_seen, own_seen
         if info.window:
-            seen_c = seen_c & (at > position[:, None] - info.window)
+            seen_c = seen_c & (at > position[slots.occupant][..., None] - info.window)
             seen_o = seen_o & (past < info.window)
-        return joined(q[:, 0], slots.context[n], seen_c, cache, seen_o, info.scale)[:, None], cache
+        seat = (slots.occupant, slots.lane, job.place)
+        return joined(q[:, 0], seat, slots.context[n], seen_c, cache, seen_o, info.scale)[:, None], cache
 
     own: list[Cache] = []
     x = decoder.embed(spec, weights, slots.token[:, None], settings.dtype)
@@ -293,37 +328,57 @@ def token_logits(settings: Settings, weights: Params, slots: Slots) -> tuple[Flo
 
 def joined(
     q: Float[Array, "S H hd"],
+    seat: tuple[Int[Array, "W G"], Int[Array, "S"], Int[Array, "S"]],
     context: Cache,
-    context_seen: Bool[Array, "S L"],
+    context_seen: Bool[Array, "W G L"],
     own: Cache,
     own_seen: Bool[Array, "S T"],
     scale: float,
 ) -> Float[Array, "S H hd"]:
-    """Attention of one query per slot over its context and its own tokens, the two softmaxes joined exactly.
+    """Attention of one query per slot over its lane's context and its own tokens, the two softmaxes joined exactly.
 
-    The same as `models.attention.two_part`, for the decode loop's cache layout. A slot sees at least its own newest
-    column.
+    The same as `models.attention.two_part`, for the decode loop's cache layout. `seat`: the slots of every lane, and
+    lane and place of every slot. A slot sees at least its own newest column.
     """
     size, heads, hd = q.shape
+    occupant, lane, place = seat
     kv = own.v.shape[1]
     acc = accumulator(q.dtype)
     q = q.reshape(size, kv, heads // kv, hd)
 
-    def scores(cache: Cache, seen: Bool[Array, "S n"]) -> Float[Array, "S K R n"]:
-        raw = jnp.einsum("skrh,skhn->skrn", q, cache.k, preferred_element_type=acc) * scale
-        return jnp.where(seen[:, None, None], raw, jnp.finfo(acc).min)
+    def part(q: Array, cache: Cache, seen: Array) -> tuple[Array, Array, Array]:
+        """Of queries [rows, K, n, hd]: maximum and mass of the exponentials [rows, K, n, 1], weighted values."""
+        raw = jnp.einsum("bknh,bkhl->bknl", q, cache.k, preferred_element_type=acc) * scale
+        raw = jnp.where(seen[:, None], raw, jnp.finfo(acc).min)
+        top = raw.max(-1, keepdims=True)
+        mass = jnp.exp(raw - top)
+        out = jnp.einsum("bknl,bklh->bknh", mass.astype(cache.v.dtype), cache.v, preferred_element_type=acc)
+        return top, mass.sum(-1, keepdims=True), out
 
-    def values(mass: Float[Array, "S K R n"], cache: Cache) -> Float[Array, "S K R hd"]:
-        return jnp.einsum("skrn,sknh->skrh", mass.astype(cache.v.dtype), cache.v, preferred_element_type=acc)
-
-    a, b = scores(context, context_seen), scores(own, own_seen)
-    top = jnp.maximum(a.max(-1), b.max(-1))[..., None]
-    a, b = jnp.exp(a - top), jnp.exp(b - top)
-    out = values(a, context) + values(b, own)
-    return (out / (a.sum(-1) + b.sum(-1))[..., None]).astype(q.dtype).reshape(size, heads, hd)
+    together = q[occupant].swapaxes(1, 2)  # [W, K, G, R, hd]
+    lanes, _, places, repeats, _ = together.shape
+    seen = jnp.repeat(context_seen, repeats, axis=1)
+    parts = part(together.reshape(lanes, kv, places * repeats, hd), context, seen)
+    top_c, mass_c, out_c = (x.reshape(lanes, kv, places, repeats, -1)[lane, :, place] for x in parts)
+    top_o, mass_o, out_o = part(q, own, own_seen[:, None])
+    top = jnp.maximum(top_c, top_o)
+    a, b = jnp.exp(top_c - top), jnp.exp(top_o - top)
+    out = (a * out_c + b * out_o) / (a * mass_c + b * mass_o)
+    return out.astype(q.dtype).reshape(size, heads, hd)
 
 
 def compact(size: int, slots: Slots) -> Slots:
-    """The live slots gathered into `size` (at least as many), the rest idle."""
+    """The live slots gathered into `size` (at least as many), the rest idle; each with a lane of its own, as slots left
+    over at the end seldom share one."""
     order = jnp.argsort(slots.item < 0, stable=True)[:size]
-    return jax.tree.map(lambda x: x[order] if x.ndim else x, slots)
+    at = jnp.arange(size, dtype=jnp.int32)
+    per_slot = jax.tree.map(lambda x: x[order], slots._replace(context=(), occupant=(), clock=(), next=(), open=()))
+    return per_slot._replace(
+        clock=slots.clock,
+        next=slots.next,
+        job=per_slot.job._replace(place=jnp.zeros_like(at)),
+        lane=at,
+        open=slots.open,
+        occupant=at[:, None],
+        context=jax.tree.map(lambda x: x[slots.lane[order]], slots.context),
+    )
