@@ -1,6 +1,7 @@
-"""The command line: train, eval, sample, plan, list, convert. Starts light: commands import what they need."""
+"""The command line: train, eval, sample, plan, list, bench, convert. Starts light: commands import what they need."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 
@@ -74,6 +75,30 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("--markdown", action="store_true", help="the table of README.md")
     methods.set_defaults(run=_list)
 
+    bench = commands.add_parser(
+        "bench",
+        help="measure rollout, log-probs, train step and RL step",
+        description="Measure a config, or random weights on synthetic prompts (see --model) with overrides for the shapes.",
+        epilog="Example: jaxrl_llm bench --stop-rate 0.02 rollout.prompts=16 rollout.max_new=128 --what rollout",
+    )
+    bench.add_argument("config", nargs="*", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
+    bench.add_argument(
+        "--model", default="qwen3-4m", metavar="NAME", help="without a config: shapes of the model (default qwen3-4m)"
+    )
+    bench.add_argument("--what", default="rollout,logprob,train,step", help="what to measure (default: %(default)s)")
+    bench.add_argument("--repeats", type=int, default=5, help="timed repetitions of each (default 5)")
+    bench.add_argument(
+        "--stop-rate",
+        type=float,
+        metavar="P",
+        help="end tokens so many that a random token is one with this probability",
+    )
+    bench.add_argument("--json", metavar="FILE", help="also write everything as JSON")
+    bench.add_argument("--cache-dir", metavar="DIR", help="persistent compilation cache")
+    bench.add_argument("--peak-flops", type=float, help="FLOP/s of a device; else measured by a matrix product")
+    bench.add_argument("--peak-bandwidth", type=float, help="bytes/s of a device; else measured by a copy")
+    bench.set_defaults(run=_bench)
+
     convert = commands.add_parser(
         "convert",
         help="make a Hugging Face directory from GGUF",
@@ -114,15 +139,25 @@ def _load(words: Sequence[str]):
     return config_load.load(*split(words))
 
 
+def _load_to_run(words: Sequence[str], model: str | None = None):
+    """The config of a command that computes, with JAX told where to keep compiled programs; `model` replaces the config's."""
+    from jaxrl_llm import compile_cache
+
+    instead = [f"model.path={json.dumps(model)}", "model.spec=null"] if model else []
+    config = _load([*words, *instead])
+    compile_cache.use(config.run.compile_cache)
+    return config
+
+
 def _train(args: argparse.Namespace) -> int:
-    config = _load(args.config)
+    config = _load_to_run(args.config)
     from jaxrl_llm.training import loop
 
     return loop.train(config)
 
 
 def _eval(args: argparse.Namespace) -> int:
-    config = _load(args.config)
+    config = _load_to_run(args.config, args.model)
     from jaxrl_llm.training import evaluate
 
     evaluate.run(config, args.model)
@@ -130,7 +165,7 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _sample(args: argparse.Namespace) -> int:
-    config = _load(args.config)
+    config = _load_to_run(args.config, args.model)
     from jaxrl_llm.training import sample
 
     for text in sample.run(config, args.prompt, n=args.n, path=args.model, greedy=args.greedy):
@@ -153,6 +188,30 @@ def _list(args: argparse.Namespace) -> int:
         print(listing.method(args.name))
     else:
         print(listing.markdown() if args.markdown else listing.methods())
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from jaxrl_llm.benching import shapes
+
+    if any("=" not in word.partition("/")[0] for word in args.config):
+        config, stop_rate = _load(args.config), args.stop_rate
+    else:
+        config, stop_rate = shapes.config_of(args.model, args.config), args.stop_rate or 0.0
+    from jaxrl_llm.benching import bench
+
+    report = bench.run(
+        config,
+        what=args.what.split(","),
+        repeats=args.repeats,
+        stop_rate=stop_rate,
+        cache_dir=args.cache_dir,
+        peak_flops=args.peak_flops,
+        peak_bandwidth=args.peak_bandwidth,
+    )
+    if args.json:
+        bench.write(report, args.json)
+    print(bench.table(report))
     return 0
 
 

@@ -7,6 +7,7 @@ the ones the policy was scored on. A later turn is appended to the sampled token
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +163,7 @@ def character_tokenizer(chars: str) -> Any:
     _transformers_without_advice()
     from transformers import PreTrainedTokenizerFast
 
-    repeated = sorted({c for c in chars if chars.count(c) > 1})
+    repeated = sorted(c for c, n in Counter(chars).items() if n > 1)
     if not chars or repeated:
         raise ValueError(f"tokenizer.chars: {chars!r} repeats {repeated}, expected distinct characters, at least one")
     vocab = {token: i for i, token in enumerate([PAD, BOS, EOS, *chars])}
