@@ -1,10 +1,11 @@
 """Contradictions in a config, found before any device work. Each check raises ValueError of one line:
-key, value, what is expected."""
+key, value, what is expected. What runs but teaches nothing is a warning."""
 
 import dataclasses
 import difflib
 import json
 import typing
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +247,10 @@ def _needs(config: Config, name: str, alg: Any) -> None:
             f"learner.route=fused: the loss of {name} couples the rows of a minibatch, expected auto or joint"
         )
     if config.rollout.group_size < needs.min_group:
-        raise ValueError(
+        message = (
             f"rollout.group_size={config.rollout.group_size}: {name} compares the completions of a prompt, expected "
             f"at least {needs.min_group}"
         )
+        if alg.couples == "block":  # no loss without several rows; others give a row without company advantage 0
+            raise ValueError(message)
+        warnings.warn(f"{message}; one alone is compared with nothing", stacklevel=2)

@@ -146,8 +146,8 @@ def test_a_wrong_key_or_value_is_refused_by_name(base, override, line):
         (["tokenizer.system=x"], "tokenizer.system='x'"),
         (["rollout.temperature=0"], "rollout.temperature=0: greedy completions"),
         (
-            ["rollout.group_size=1"],
-            "rollout.group_size=1: grpo compares the completions of a prompt, expected at least 2",
+            ["rollout.group_size=1", "algorithm.name=dpo", "reference.mode=resident"],
+            "rollout.group_size=1: dpo compares the completions of a prompt, expected at least 2",
         ),
         (["rollout.max_new=60"], "rollout.max_new=60: with rollout.max_prompt=16 a row is 76 tokens, expected at most"),
         (["eval.k=[1, 4]"], "eval.samples=1: pass@4 needs that many"),
@@ -177,6 +177,16 @@ def test_a_wrong_key_or_value_is_refused_by_name(base, override, line):
 )
 def test_settings_that_contradict_each_other_are_refused(base, overrides, start):
     assert refusal(base, *overrides).startswith(start)
+
+
+def test_groups_of_one_are_warned_of_once_and_allowed(base):
+    with pytest.warns(UserWarning) as warned:
+        config = config_load.load(base, ["rollout.group_size=1"])
+    assert config.rollout.group_size == 1
+    assert [str(w.message) for w in warned] == [
+        "rollout.group_size=1: grpo compares the completions of a prompt, expected at least 2; one alone is "
+        "compared with nothing"
+    ]
 
 
 def test_the_context_of_a_model_directory_is_known(base, tmp_path):

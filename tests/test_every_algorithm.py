@@ -279,6 +279,15 @@ def test_the_same_prompt_twice_stays_two_groups(case):
     assert_identical(case.run.credit(apart).advantage, case.run.credit(together).advantage)
 
 
+def test_one_alone_has_no_advantage(case):
+    """Where the config warns of it (`Needs.min_group`), but for what specifications add: agents' episodes keep their raw
+    score, a correct completion has dcpo's bonus."""
+    if case.alg.needs.min_group == 1 or case.name in ("gigpo", "seeupo", "dcpo"):
+        pytest.skip("its specification gives one alone an advantage")
+    alone = case.rows.with_(group=np.arange(nasty.ROWS, dtype=np.int32))
+    assert zero(case.run.credit(alone).advantage)
+
+
 def test_untrained_positions_have_no_advantage(case):
     assert zero(nasty.by_token(case.run.credit(case.rows).advantage, ~case.rows.trained))
 

@@ -31,7 +31,7 @@ from jaxrl_llm.config import Importance
 from jaxrl_llm.sharding.mesh import make_mesh
 from jaxrl_llm.training import gradients, updates
 from jaxrl_llm.training.learner import Learner, NoGradientError, NonFiniteError
-from jaxrl_llm.training.metrics import Compilations
+from jaxrl_llm.training.metrics import Compilations, values
 from jaxrl_llm.training.minibatches import minibatches
 from jaxrl_llm.training.state import TrainState
 from jaxrl_llm.types import GIVEN, REPLAY, Credit, Max, Mean, Rollouts, Views, metric_value
@@ -205,7 +205,7 @@ def test_batches_that_train_nothing_have_zero_loss_and_gradient_and_finite_metri
     before = jax.device_get(made.train.params)
     rows = none_trained()[which]
     _, report = made.update(COUPLED, rows, Credit(np.full((ROWS, T), np.nan, np.float32)), KEY)
-    numbers = made.numbers(report)
+    numbers = values(report.metrics)
     assert numbers["loss"] == 0 and numbers["grad_norm"] == 0 and numbers["update/skipped"] == 0
     assert all(np.isfinite(x) for x in numbers.values())
     assert_same(jax.device_get(made.train.params), before)
@@ -307,7 +307,7 @@ def test_a_nonfinite_update_is_skipped_counted_named_and_stops_the_run(caplog):
         _, report = made.update(APART, rows, bad, KEY)
     assert_same(jax.device_get((made.train.params, made.train.opt, made.train.count)), before)
     assert int(made.train.skipped) == int(made.train.skipped_in_row) == 1
-    assert made.numbers(report)["update/skipped"] == 1
+    assert values(report.metrics)["update/skipped"] == 1
     assert caplog.messages == ["update 2 skipped (1 in a row): loss value is not finite"]
     made.update(APART, rows, credit(rows), KEY)
     assert int(made.train.skipped) == 1 and int(made.train.skipped_in_row) == 0, "a finite update ends the row"
@@ -358,6 +358,18 @@ def test_advantages_without_a_gradient_are_an_error_on_the_first_step():
     made.update(APART, clipped, Credit(np.zeros_like(advantage)), KEY)  # no advantage, no error
 
 
+GRPO = algorithms.make("grpo")
+
+
+def test_a_batch_of_groups_of_one_is_an_update_by_zero():
+    made, rows = learner(GRPO), rollouts()
+    alone = jax.tree.map(jnp.asarray, rows.with_(group=np.arange(ROWS, dtype=np.int32)))
+    before = jax.device_get(made.train.params)
+    _, report = made.update(GRPO.init(), alone, GRPO.credit(GRPO.init(), alone, KEY), KEY)
+    assert_same(jax.device_get(made.train.params), before)
+    assert report.updates == 1 and metric_value(report.metrics["update/skipped"]) == 0
+
+
 # ------------------------------------------------------------------------------- critic, reference, temperature, plug-ins
 
 
@@ -392,7 +404,7 @@ def test_a_critic_learns_its_values_with_its_own_optimizer():
         _, report = made.update(APART, rows, credit(rows), KEY)
         losses.append(metric_value(report.metrics["value_loss"]))
     assert losses[-1] < 0.1 * losses[0]
-    numbers = made.numbers(report)
+    numbers = values(report.metrics)
     assert numbers["critic/lr"] == pytest.approx(3e-2) and numbers["lr"] == pytest.approx(1e-2)
     assert numbers["critic/grad_norm"] > 0
 

@@ -31,7 +31,9 @@ class Needs(NamedTuple):
     reference: bool = False  # a frozen copy of the initial policy is kept (implied by any "ref_*" view)
     importance: bool = True  # sampler/learner importance weights make sense for this loss
     scorer: str = "causal"  # who computes views: "causal", or a plug-in's name
-    min_group: int = 1  # completions per prompt below which the method learns nothing (2: baseline within the group)
+    # Completions per prompt below which the method learns nothing (2: baseline within the group): a config that asks for
+    # fewer gets a warning, or is refused when `Algorithm.couples` is "block", as there is no loss then.
+    min_group: int = 1
 
 
 class Plan(NamedTuple):

@@ -31,7 +31,7 @@ from jaxrl_llm.training.layouts import HostRows, Layout
 from jaxrl_llm.training.minibatches import minibatches
 from jaxrl_llm.training.state import CRITIC, POLICY, TrainState
 from jaxrl_llm.training.updates import NoGradientError, NonFiniteError
-from jaxrl_llm.types import Credit, Metrics, Params, Rollouts, State, Views, merge_metrics, metric_value, take_rows
+from jaxrl_llm.types import Credit, Metrics, Params, Rollouts, State, Views, merge_metrics, take_rows
 
 __all__ = ["Learner", "NoGradientError", "NonFiniteError"]
 
@@ -248,10 +248,6 @@ class Learner:
         self._watch.check()
         return state, report
 
-    def numbers(self, report: Report) -> dict[str, float]:
-        """What an update measured, as numbers for people."""
-        return {name: metric_value(m) for name, m in jax.device_get(report.metrics).items()}
-
     def sync_reference(self) -> None:
         """Copy the policy into the frozen reference, on the devices or in host memory as `reference.mode` says."""
         copy = jax.device_put(self._copy(self.train.params[POLICY]), self._reference_placement())
@@ -340,6 +336,7 @@ class Learner:
             shards=self.shards,
         )
         if self.model.plug_in is None:
+            layout = layouts.fit(layout, host, self.shards)
             pieces, piece_of = layouts.arrange(layout, host)
         else:
             pieces, piece_of = layouts.arrange_rows(layout.sequences * layout.slots, host)

@@ -52,6 +52,7 @@ class Training:
     learner: Learner
     credit: Callable[..., Any]  # alg.credit, compiled
     on_rows: OnRows | None = None
+    warned: bool = False  # of groups of one
 
 
 def train(config: Config, on_rows: OnRows | None = None) -> int:
@@ -181,12 +182,15 @@ def step(
         learner.sync_reference()
 
     numbers = metrics.of_rows(rows, made.task.rewards, made.task.correct_at)
-    if alg.needs.min_group > 1 and numbers["groups_of_one"]:  # Python shows a warning once
+    # Groups that are small by configuration have been warned of by `config_check`.
+    left_alone = plan.group_size >= alg.needs.min_group > 1 and numbers["groups_of_one"]
+    if left_alone and not training.warned:
+        training.warned = True
         warnings.warn(
             f"{alg.name}: groups with a single scored completion have nothing to be compared with", stacklevel=2
         )
     numbers |= metrics.of_batch(batch, credit.advantage, rescored=config.learner.old_logp == "rescore")
-    numbers |= learner.numbers(report)  # a method's exact entropy replaces the estimate
+    numbers |= metrics.values(report.metrics)  # a method's exact entropy replaces the estimate
     numbers |= {f"unscored/{cause}": float(n) for cause, n in made.scorer.take_counts().items()}
     numbers |= {"updates": float(report.updates), "dropped_prompts": float(made.dropped), "epoch": made.prompts.epoch}
     numbers |= timer.take()
