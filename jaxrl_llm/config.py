@@ -23,6 +23,10 @@ class Run(Section):
     steps: int = described(300, "RL steps", ge=0)
     samples_every: int = described(20, "write rollout samples every this many steps; 0 never", ge=0)
     log_every: int = described(1, "write metrics every this many steps", ge=1)
+    compile_cache: str | None = described(
+        "auto",
+        "directory where compiled programs are kept between runs; auto: the user's cache directory; none: nowhere",
+    )
 
 
 class Model(Section):

@@ -111,8 +111,11 @@ def first_difference(a: Any, b: Any, path: str = "") -> tuple[str, Any, Any] | N
 
 
 def _check_same(saved: Any, config: dict[str, Any], path: Path) -> None:
-    # Where the run lives does not change what it computes: a moved directory resumes.
-    before, now = ({**c, "run": {k: v for k, v in c.get("run", {}).items() if k != "dir"}} for c in (saved, config))
+    # Where the run and its compiled programs live does not change what it computes: a moved directory resumes.
+    before, now = (
+        {**c, "run": {k: v for k, v in c.get("run", {}).items() if k not in ("dir", "compile_cache")}}
+        for c in (saved, config)
+    )
     if difference := first_difference(before, now):
         key, before, now = difference
         raise ValueError(
