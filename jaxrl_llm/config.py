@@ -80,7 +80,7 @@ class FileTask(Section):
     kind: Literal["file"] = "file"
     train: str = described(..., "path of a .jsonl or .parquet file, or hub:NAME[[:SUBSET]:SPLIT]")
     eval: str | None = described(None, "the same for held-out problems; none keeps `eval_size` rows of train apart")
-    eval_size: int = described(256, "held-out rows (taken from train when eval is none)", ge=0)
+    eval_size: int = described(512, "held-out rows (taken from train when eval is none)", ge=0)
     seed: int | None = described(None, "seed of the choice of held-out rows; none: the run's")
     prompt_field: str = described("prompt", "field with the question")
     answer_field: str | None = described("answer", "field with the reference answer; none when the reward needs none")

@@ -75,7 +75,7 @@ def _task(config: Config) -> None:
                 raise ValueError(f"task.{key}={name!r}: expected a file that ends in .jsonl or .parquet")
         if config.warmstart.steps and task.answer_field is None:
             raise ValueError(f"warmstart.steps={config.warmstart.steps}: needs answers, expected task.answer_field")
-    if isinstance(task, GymTask) and config.eval.size > task.eval_size:
+    if isinstance(task, GymTask | FileTask) and config.eval.size > task.eval_size:
         raise ValueError(
             f"eval.size={config.eval.size}: more than the task keeps apart, expected at most "
             f"task.eval_size={task.eval_size}"

@@ -205,6 +205,8 @@ def test_a_task_file_must_exist_and_have_answers_for_a_warm_start(base, tmp_path
     rows.write_text('{"prompt": "a"}\n')
     assert config_load.load([base, above]).task.train == str(rows)
     assert refusal([base, above], "warmstart.steps=3").startswith("warmstart.steps=3: needs answers")
+    few = refusal([base, above], "task.eval_size=10")
+    assert few == "eval.size=64: more than the task keeps apart, expected at most task.eval_size=10"
 
 
 @pytest.mark.parametrize(

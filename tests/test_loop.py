@@ -13,7 +13,7 @@ import pytest
 
 from jaxrl_llm import algorithms
 from jaxrl_llm.config import Config
-from jaxrl_llm.training import loop
+from jaxrl_llm.training import build, loop
 from jaxrl_llm.training.checkpoints import Checkpoints
 
 CLOCKS = ("timing/", "tokens_per_second", "mfu", "memory/", "recompiles")
@@ -154,7 +154,7 @@ def test_an_existing_run_with_another_config_is_refused_and_left_alone(straight)
 KILLED = """
 import json, sys
 from tests.test_loop import configured, letters
-from jaxrl_llm.training import loop
+from jaxrl_llm.training import build, loop
 import pathlib
 sys.exit(loop.train(configured(pathlib.Path(sys.argv[1])), on_rows=letters))
 """
@@ -199,6 +199,27 @@ def test_a_group_left_with_one_scored_row_warns_once_and_trains_on(tmp_path):
     assert len([w for w in warned if "nothing to be compared with" in str(w.message)]) == 1
     line = next(line for line in metrics_of(tmp_path) if "groups_of_one" in line)
     assert line["groups_of_one"] == 1 and np.isfinite(line["grad_norm"])
+
+
+def no_device_work(*_):
+    raise AssertionError("the model was built")
+
+
+@pytest.mark.parametrize(
+    "sections, line",
+    [
+        ({"eval": {"size": 9}}, "eval.size=9: more than the 8 held-out problems of the task, expected at most 8"),
+        (
+            {"algorithm": {"name": "spo_single", "pool": 23}},
+            "algorithm.pool=23: spo_single has no room for all problems of the task, expected at least 24",
+        ),
+    ],
+)
+def test_what_the_problems_contradict_is_refused_before_device_work(sections, line, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "model", no_device_work)
+    with pytest.raises(ValueError) as error:
+        loop.train(configured(tmp_path, **sections))
+    assert str(error.value) == line
 
 
 # What a method needs of the config besides its name; the rest of BASE is the same for all.

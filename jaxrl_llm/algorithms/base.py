@@ -34,6 +34,7 @@ class Needs(NamedTuple):
     # Completions per prompt below which the method learns nothing (2: baseline within the group): a config that asks for
     # fewer gets a warning, or is refused when `Algorithm.couples` is "block", as there is no loss then.
     min_group: int = 1
+    pool: str = ""  # config field that says for how many training problems the method has room; "": for any number
 
 
 class Plan(NamedTuple):

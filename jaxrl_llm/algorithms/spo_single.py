@@ -149,6 +149,6 @@ def build(config: Config) -> Algorithm:
         credit=credit,
         loss=loss,
         observe=observe,
-        needs=Needs(row_extras=("prompt_id",)),
+        needs=Needs(row_extras=("prompt_id",), pool="pool"),
         couples="row",
     )

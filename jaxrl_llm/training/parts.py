@@ -6,6 +6,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from jaxrl_llm import algorithms
 from jaxrl_llm.config import Config
 from jaxrl_llm.models.spec import ModelSpec
 from jaxrl_llm.rollout import driver
@@ -56,6 +57,7 @@ def make(config: Config) -> tuple[Parts, Params]:
     """
     words, mesh = build.text(config), build.mesh(config)
     task = load_task(config.task, config.rewards, config.run.seed, config.rollout.max_new)
+    _check(config, task)
     limit, overlong = config.rollout.max_prompt, config.rollout.overlong
     prompts, dropped = tokenize(task.train, words, limit, overlong)
     held_out = tokenize(task.eval[: config.eval.size], words, limit, overlong).prompts
@@ -73,3 +75,19 @@ def make(config: Config) -> tuple[Parts, Params]:
         timer=metrics.Timer(),
     )
     return parts, params
+
+
+def _check(config: Config, task: Task) -> None:
+    """What a config can contradict once the problems are known; ValueError of one line."""
+    if config.eval.size > len(task.eval):
+        raise ValueError(
+            f"eval.size={config.eval.size}: more than the {len(task.eval)} held-out problems of the task, expected at "
+            f"most {len(task.eval)}"
+        )
+    fields = dict(config.algorithm)
+    alg = algorithms.make(fields.pop("name"), **fields)
+    if alg.needs.pool and (room := getattr(alg.config, alg.needs.pool)) < len(task.train):
+        raise ValueError(
+            f"algorithm.{alg.needs.pool}={room}: {alg.name} has no room for all problems of the task, expected at least "
+            f"{len(task.train)}"
+        )
