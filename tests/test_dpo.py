@@ -66,6 +66,32 @@ def test_loss_where_policy_and_reference_agree(loss, expected):
     np.testing.assert_allclose(run(logp=REF, loss=loss)[0], expected, rtol=1e-12)
 
 
+def test_the_epoch_picks_beta_and_the_last_one_is_held():
+    fields = {"beta": (0.1, 0.5), "epoch_steps": 2}
+    alg = algorithms.make("dpo", **fields)
+    rows, credit = select(alg, example())
+    state, losses = alg.init(), []
+    for _ in range(5):
+        losses.append(loss_and_grad(alg, rows, np.array(LOGP)[np.asarray(rows.row_id)], credit, state)[0])
+        state, _ = alg.observe(state, {}, rows, credit, None, None)
+    first, second = run(beta=0.1)[0], run(beta=0.5)[0]
+    np.testing.assert_allclose(losses, [first, first, second, second, second], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("fields", "start"),
+    [
+        ({"beta": (0.1, 0.5)}, "algorithm.epoch_steps=None: expected at least 1"),
+        ({"epoch_steps": 5}, "algorithm.epoch_steps=5: expected null"),
+        ({"beta": (), "epoch_steps": 5}, r"algorithm.beta=\(\): expected more than 0"),
+        ({"beta": (0.1, 0.0), "epoch_steps": 5}, r"algorithm.beta=\(0.1, 0.0\): expected more than 0"),
+    ],
+)
+def test_a_beta_of_each_epoch_needs_to_know_how_long_one_is(fields, start):
+    with pytest.raises(ValueError, match=start):
+        algorithms.make("dpo", **fields)
+
+
 def test_slic_is_the_hinge_without_a_reference():
     alg = algorithms.make("dpo", loss="hinge", reference_free=True)
     assert alg.needs.rescore == ()

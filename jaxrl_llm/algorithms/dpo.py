@@ -9,7 +9,8 @@ Axis: preference. With s_i = sum_t (logp - ref_logp) and delta = s_chosen - s_re
 averaged over pairs. `select` makes the pairs of each prompt: the two rows of a pair share `block`, and `role` is +1 for the
 chosen, -1 for the rejected; a row in several pairs is repeated. Offline pairs are rows with blocks and roles of their
 own. IPO divides s by the length unless `length_norm` says otherwise (TRL's offline trainer; DPO's repository and TRL's
-online ones do not). Ours: when `drop_ties` leaves fewer pairs, padding fills the batch; no list of betas by epoch.
+online ones do not). `beta` may be a list, one for each epoch with the last one held, as in TRL's online trainer. Ours: an
+epoch is `epoch_steps` RL steps; when `drop_ties` leaves fewer pairs, padding fills the batch.
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm.algorithms import Paper
-from jaxrl_llm.algorithms.base import Algorithm, Needs, Selection, expect, expect_one_of, flat_plan, no_state, weigh_by
+from jaxrl_llm.algorithms.base import (
+    Algorithm,
+    Needs,
+    Report,
+    Selection,
+    ViewsFn,
+    expect,
+    expect_one_of,
+    flat_plan,
+    weigh_by,
+)
 from jaxrl_llm.objectives import preference
 from jaxrl_llm.types import Credit, Memory, Metrics, Rollouts, State, Views, mean_of, take_rows
 
@@ -29,13 +40,15 @@ PAPER = Paper(
     axis="preference",
     confidence="code",
     cost="reference log-probs",
+    state="step counter with a list of betas",
 )
 
 
 @dataclass(frozen=True)
 class Config:
     loss: preference.PairLoss = "sigmoid"
-    beta: float = 0.1
+    beta: float | tuple[float, ...] = 0.1  # several: one for each epoch, the last one held
+    epoch_steps: int | None = None  # RL steps of an epoch, when beta is several
     label_smoothing: float = 0.0  # e, for sigmoid and robust
     length_norm: bool | None = None  # divide s by the row's length; none: only for ipo
     reference_free: bool = False  # s without ref_logp; with hinge this is SLiC
@@ -46,10 +59,18 @@ class Config:
     def __post_init__(self):
         expect_one_of("loss", self.loss, ("sigmoid", "robust", "hinge", "ipo"))
         expect_one_of("pairing", self.pairing, ("best_worst", "all"))
-        expect(self.beta > 0, "beta", self.beta, "more than 0")
+        several = not isinstance(self.beta, float | int)
+        expect(len(self.betas) > 0 and min(self.betas) > 0, "beta", self.beta, "more than 0")
+        fits = (self.epoch_steps or 0) >= 1 if several else self.epoch_steps is None
+        steps = "at least 1, as beta is several" if several else "null, as beta is one number"
+        expect(fits, "epoch_steps", self.epoch_steps, steps)
         expect(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "at least 0, less than 0.5")
         smooth = self.loss in ("sigmoid", "robust") or self.label_smoothing == 0
         expect(smooth, "label_smoothing", self.label_smoothing, f"0 with loss={self.loss}")
+
+    @property
+    def betas(self) -> tuple[float, ...]:
+        return (self.beta,) if isinstance(self.beta, float | int) else tuple(self.beta)
 
 
 def pair_slots(group: np.ndarray, exists: np.ndarray, pairing: preference.Pairing) -> int:
@@ -60,6 +81,15 @@ def pair_slots(group: np.ndarray, exists: np.ndarray, pairing: preference.Pairin
 
 def build(config: Config) -> Algorithm:
     length_norm = config.loss == "ipo" if config.length_norm is None else config.length_norm
+    betas, epoch_steps = config.betas, config.epoch_steps or 1
+
+    def init() -> State:
+        return {"step": jnp.zeros((), jnp.int32)} if config.epoch_steps else ()
+
+    def beta_at(state: State) -> float | jax.Array:
+        if not config.epoch_steps:
+            return betas[0]
+        return jnp.asarray(betas)[jnp.minimum(state["step"] // epoch_steps, len(betas) - 1)]
 
     def credit(state: State, rows: Rollouts, key: jax.Array) -> Credit:
         reward = rows.score - config.missing_eos_penalty * rows.truncated
@@ -87,27 +117,33 @@ def build(config: Config) -> Algorithm:
 
     def loss(state: State, views: Views, rows: Rollouts, credit: Credit) -> tuple[jax.Array, Metrics]:
         ref_logp = None if config.reference_free else rows.extras["ref_logp"]
-        role, share = credit.extras["role"], credit.extras["share"]
+        role, share, beta = credit.extras["role"], credit.extras["share"], beta_at(state)
         score = preference.sequence_score(views.logp, ref_logp, rows.trained, length_norm)
         difference = preference.pair_difference(score, role, rows.block)
-        each = preference.pair_loss(difference, config.loss, config.beta, config.label_smoothing)
-        reward = config.beta * score
+        each = preference.pair_loss(difference, config.loss, beta, config.label_smoothing)
+        reward = beta * score
         return jnp.sum(jnp.where(share > 0, share * each, 0)), {
             "rewards/accuracy": mean_of(difference > 0, role > 0),
-            "rewards/margin": mean_of(config.beta * difference, role > 0),
+            "rewards/margin": mean_of(beta * difference, role > 0),
             "rewards/chosen": mean_of(reward, role > 0),
             "rewards/rejected": mean_of(reward, role < 0),
         }
 
+    def observe(
+        state: State, memory: Memory, rows: Rollouts, credit: Credit, report: Report, views: ViewsFn
+    ) -> tuple[State, Memory]:
+        return {"step": state["step"] + 1} if config.epoch_steps else state, memory
+
     return Algorithm(
         name="dpo",
         config=config,
-        init=no_state,
+        init=init,
         plan=flat_plan,
         credit=credit,
         loss=loss,
         weigh=weigh,
         select=select,
+        observe=observe,
         couples="block",
         needs=Needs(rescore=() if config.reference_free else ("ref_logp",), importance=False, min_group=2),
     )

@@ -27,7 +27,9 @@ def pair_difference(score: Float[Array, "B"], role: Float[Array, "B"], block: In
     return jax.ops.segment_sum(jnp.where(role != 0, role * score, 0), ids, block.shape[0])[ids]
 
 
-def pair_loss(difference: Float[Array, "n"], kind: PairLoss, beta: float, smoothing: float = 0.0) -> Float[Array, "n"]:
+def pair_loss(
+    difference: Float[Array, "n"], kind: PairLoss, beta: float | Float[Array, ""], smoothing: float = 0.0
+) -> Float[Array, "n"]:
     """Loss of each pair from delta.
 
     Args:
