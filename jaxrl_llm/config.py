@@ -187,7 +187,7 @@ class Learner(Section):
         "auto", "joint is exact for every loss; fused only for row or block coupling"
     )
     layout: Literal["padded", "packed", "shared"] = described(
-        "padded", "how rows are executed; the gradient is the same"
+        "shared", "how rows are executed; the gradient is the same. shared: a prompt once for all its completions"
     )
     importance: Importance = Importance()
     max_nonfinite: int = described(5, "stop after this many skipped updates in a row", ge=1)

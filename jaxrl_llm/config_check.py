@@ -112,11 +112,6 @@ def _batch(config: Config) -> None:
             f"learner.microbatch_rows={l.microbatch_rows}: does not divide the {per_update} rows of a minibatch "
             f"(rollout.prompts × rollout.group_size / learner.minibatches), expected one of {_divisors(per_update)}"
         )
-    if l.microbatch_rows and l.layout == "shared" and l.microbatch_rows % r.group_size:
-        raise ValueError(
-            f"learner.microbatch_rows={l.microbatch_rows}: layout shared runs whole groups together, expected a "
-            f"multiple of rollout.group_size={r.group_size}"
-        )
     if config.reference.mode == "none" and config.reference.sync_every:
         raise ValueError(
             f"reference.sync_every={config.reference.sync_every}: there is no reference with reference.mode=none"

@@ -122,3 +122,28 @@ def test_only_completion_positions_leave_the_model(name):
         lambda p, piece: layouts.hidden(SPEC, p, layout(name, 2), piece, dtype=np.float32), params, pieces[0]
     )
     assert states.shape == (2, T * (GROUP if name == "shared" else 1), SPEC.embed)
+
+
+def test_a_fitted_layout_holds_its_rows_and_no_more_than_it_must():
+    whole = Layout("shared", 4, 16, 8, 4)
+    lengths, prompt = np.array([8, 3, 3, 2, 1, 0]), np.array([0, 0, 0, 0, 1, 1])
+    n = len(lengths)
+    rows = HostRows(np.zeros((2, 16), int), np.array([5, 7]), prompt, np.zeros((n, 8), int), lengths, np.arange(n))
+    assert layouts.fit(whole, rows) == Layout("shared", 2, 8, 8, 2), "3 + 3 + 2 tokens share the second slot"
+    assert layouts.fit(whole._replace(slots=1), rows).sequences == 3
+    assert layouts.fit(whole, rows, shards=4).sequences == 4
+    assert layouts.fit(whole, rows._replace(length=np.minimum(lengths, 2))) == Layout("shared", 2, 8, 2, 4)
+    assert layouts.fit(whole._replace(name="padded", slots=1), rows) == Layout("padded", 4, 8, 8)
+    assert layouts.fit(whole, rows._replace(length=lengths * 0)) == whole
+    pieces, _ = arrange(layouts.fit(whole, rows), rows)
+    assert len(pieces) == 1 and np.count_nonzero(pieces[0].slot < n * 8) == lengths.sum()
+
+
+@pytest.mark.parametrize("name", ["padded", "shared"])
+def test_the_gradient_does_not_depend_on_how_tightly_rows_are_fitted(name, x64, monkeypatch):
+    short = rollouts(dtype=np.float64)
+    short = short.with_(length=np.minimum(short.length, T // 2), mask=short.mask & (np.arange(T) < T // 2))
+    fitted, _ = gradient(short, COUPLED, layout=name)
+    monkeypatch.setattr(layouts, "fit", lambda layout, rows, shards: layout)
+    loose, _ = gradient(short, COUPLED, layout=name)
+    assert_close(fitted, loose, 1e-10)

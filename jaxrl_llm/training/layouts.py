@@ -6,8 +6,9 @@ microbatch) after another; only completion positions leave it, so only they reac
 
   padded   a sequence is one row: context, completion, padding.
   packed   a sequence holds several rows, first-fit decreasing; segments keep them apart, positions restart.
-  shared   a sequence is one context followed by slots for the completions of its group. The context runs forward and
-           backward once; a completion attends to it and to itself in two parts joined exactly (`attention.two_part`).
+  shared   a sequence is one context followed by slots for the completions of its group, several in one slot where they
+           are short. The context runs forward and backward once; a completion attends to it and to itself in two parts
+           joined exactly (`attention.two_part`).
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ class Layout(NamedTuple):
 
     sequences: sequences of one piece.
     context, completion: room for a context and a completion, in tokens (L and T).
-    slots: completions that share a context in one sequence (shared layout; 1 otherwise).
+    slots: room for this many longest completions behind a context (shared layout; 1 otherwise).
     """
 
     name: Literal["padded", "packed", "shared"]
@@ -95,7 +96,7 @@ def choose(
     group_size: int = 1,
     shards: int = 1,
 ) -> Layout:
-    """The layout of minibatches of `rows` rows.
+    """The layout of minibatches of `rows` rows of any lengths; `fit` finds a smaller one for given rows.
 
     microbatch_rows: rows executed together; 0: all of them (packed: sequences executed together; 0: a quarter of the
       rows, since how many sequences packing needs is known only with the data).
@@ -105,6 +106,39 @@ def choose(
     slots = max(1, min(group_size, at_once)) if name == "shared" else 1
     sequences = -(-at_once // slots)
     return Layout(name, -(-sequences // shards) * shards, context, completion, slots)
+
+
+def fit(layout: Layout, rows: HostRows, shards: int = 1) -> Layout:
+    """The layout cut down to what these rows need, in steps of about two, so that a run meets few and compiles few.
+
+    A piece never has more tokens than one of `layout`. Packed sequences keep their length: it is room, not padding.
+    """
+    run = np.flatnonzero(rows.length > 0)
+    if layout.name == "packed" or not len(run):
+        return layout
+    context = _halved(layout.context, rows.prompt_length[rows.prompt[run]].max())
+    completion = _halved(layout.completion, rows.length[run].max())
+    small = layout._replace(context=context, completion=completion)
+    if layout.name == "padded":
+        return small
+    needed = np.array([place.max() + 1 for _, place, _ in _by_context(rows, run, completion)])  # slots of each context
+    small = small._replace(slots=min(layout.slots, _step(needed.max())))
+    most = layout.sequences * layout.length // small.length
+    some = min(most, _step(int(np.sum(-(-needed // small.slots)))))
+    return small._replace(sequences=max(some // shards, 1) * shards)
+
+
+def _halved(room: int, need: int) -> int:
+    """`room` halved while it still holds `need`."""
+    while need <= -(-room // 2) < room:
+        room = -(-room // 2)
+    return room
+
+
+def _step(n: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, ..."""
+    power = 1 << max(int(n) - 1, 0).bit_length()
+    return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
 
 
 def _ragged(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -145,38 +179,52 @@ def _padded(rows: HostRows, run: np.ndarray, layout: Layout) -> _Placed:
     return _place_own_context(rows, run, np.arange(len(run)), zero, zero)
 
 
+def _first_fit(size: np.ndarray, room: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Items of sizes [N, R] in bins with `room` of each resource, first-fit decreasing by the first of them.
+
+    Returns: the bin of each item, and how much of the resources [N, R] is taken before it. An item that fits in no bin
+    would be placed wrongly; layouts have room for the longest row.
+    """
+    used = np.zeros((len(size), len(room)), int)
+    place, before = np.zeros(len(size), int), np.zeros_like(used)
+    for i in np.argsort(-size[:, 0], kind="stable"):
+        place[i] = b = int(np.argmax((used + size[i] <= room).all(-1)))
+        before[i] = used[b]
+        used[b] += size[i]
+    return place, before
+
+
 def _packed(rows: HostRows, run: np.ndarray, layout: Layout) -> _Placed:
-    """First-fit decreasing; a sequence also holds at most T completion tokens, so the head's work is bounded."""
+    """A sequence also holds at most T completion tokens, so the head's work is bounded."""
     completion = rows.length[run]
-    size = rows.prompt_length[rows.prompt[run]] + completion
-    used, scored = np.zeros(len(run), int), np.zeros(len(run), int)
-    sequence, start, k = (np.zeros(len(run), int) for _ in range(3))
-    for i in np.argsort(-size, kind="stable"):
-        fits = (used + size[i] <= layout.length) & (scored + completion[i] <= layout.completion)
-        s = int(np.argmax(fits))
-        sequence[i], start[i], k[i] = s, used[s], scored[s]
-        used[s] += size[i]
-        scored[s] += completion[i]
-    return _place_own_context(rows, run, sequence, start, k)
+    size = np.stack([rows.prompt_length[rows.prompt[run]] + completion, completion], -1)
+    sequence, before = _first_fit(size, (layout.length, layout.completion))
+    return _place_own_context(rows, run, sequence, before[:, 0], before[:, 1])
+
+
+def _by_context(rows: HostRows, run: np.ndarray, width: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For each context, in the order of first rows: its rows, their slots of `width` tokens, their places in those."""
+    prompt = rows.prompt[run]
+    _, first = np.unique(prompt, return_index=True)
+    groups = [run[prompt == prompt[i]] for i in np.sort(first)]
+    fits = [_first_fit(rows.length[group][:, None], (width,)) for group in groups]
+    return [(group, place, before[:, 0]) for group, (place, before) in zip(groups, fits)]
 
 
 def _shared(rows: HostRows, run: np.ndarray, layout: Layout) -> _Placed:
-    """Rows of one context fill the slots behind it; a context with more rows than slots runs more than once."""
-    prompt = rows.prompt[run]
-    _, first, inverse = np.unique(prompt, return_index=True, return_inverse=True)
-    order = np.argsort(first[inverse], kind="stable")  # contexts in the order of their first rows
-    run, prompt = run[order], prompt[order]
-    i = np.arange(len(run))
-    begins = np.concatenate([[True], prompt[1:] != prompt[:-1]])[: len(run)]
-    nth = i - np.maximum.accumulate(np.where(begins, i, 0))  # among the rows of its context
-    opens, place = nth % layout.slots == 0, nth % layout.slots
-    context = prompt[opens]
-    count = len(context)
+    """Rows of one context fill the slots behind it; a context that needs more slots than there are runs more than once."""
+    count, parts, context = 0, [], []
+    for group, place, before in _by_context(rows, run, layout.completion):
+        k = place % layout.slots * layout.completion + before
+        parts.append((group, count + place // layout.slots, k, np.arange(len(group)) + 2))
+        sequences = -(-(int(place.max()) + 1) // layout.slots)
+        context += [rows.prompt[group[0]]] * sequences
+        count += sequences
+    run, sequence, k, segment = (np.concatenate([part[i] for part in parts] or [np.zeros(0, int)]) for i in range(4))
     zero, one = np.zeros(count, int), np.ones(count, int)
-    k = place * layout.completion
-    before = rows.prompt_length[prompt] - 1
-    sequence = np.cumsum(opens) - 1
-    return _Placed(count, context, np.arange(count), zero, one, run, sequence, layout.context + k, k, before, place + 2)
+    before = rows.prompt_length[rows.prompt[run]] - 1
+    own = np.asarray(context, int)
+    return _Placed(count, own, np.arange(count), zero, one, run, sequence, layout.context + k, k, before, segment)
 
 
 _PLACE: dict[str, Callable[[HostRows, np.ndarray, Layout], _Placed]] = {
@@ -263,14 +311,15 @@ def _attend_shared(layout: Layout, piece: Piece) -> attention.Attend:
     L, G, T = layout.context, layout.slots, layout.completion
     alone = attention.causal(piece.segment[:, :L])
     valid = piece.segment[:, None, None, :L] > 0
-    position = piece.positions[:, L:].reshape(-1, G, T)
+    position, segment = (x[:, L:].reshape(-1, G, T) for x in (piece.positions, piece.segment))
+    mine = segment[..., :, None] == segment[..., None, :]
 
     def attend(info: attention.LayerInfo, q: Array, k: Array, v: Array) -> tuple[Array, None]:
         context, _ = alone(info, q[:, :L], k[:, :L], v[:, :L])
         q_own, k_own, v_own = (x[:, L:].reshape(-1, G, T, *x.shape[2:]) for x in (q, k, v))
         to_context = valid & attention.visible(position[..., None], jnp.arange(L), info.window)
         t = jnp.arange(T)
-        to_own = attention.visible(t[:, None], t[None, :], info.window)[None, None]
+        to_own = mine & attention.visible(t[:, None], t[None, :], info.window)
         own = attention.two_part(q_own, k[:, :L], v[:, :L], to_context, k_own, v_own, to_own, info.scale)
         return jnp.concatenate([context, own.reshape(-1, G * T, *own.shape[3:])], axis=1), None
 
