@@ -51,8 +51,9 @@ def apply(
     Returns also the metrics of the loss with `loss`, `grad_norm`, `lr` (prefixed by the label for trainables other than the
     policy) and `update/skipped`; a skipped update reports its metrics as means over nothing.
     """
+    # The squares are summed for the norm anyway; a sum that overflows would make an update of nothing.
     bad = {
-        f"{label}.{jax.tree_util.keystr(path, simple=True, separator='.')}": ~jnp.all(jnp.isfinite(leaf))
+        f"{label}.{jax.tree_util.keystr(path, simple=True, separator='.')}": ~jnp.isfinite(jnp.sum(leaf * leaf))
         for label, tree in grads.items()
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
