@@ -284,12 +284,14 @@ def test_the_learner_runs_its_updates_over_a_plug_in_scorer():
         def network(params, rows, ids):  # every position sees the bag of all words
             return (words(params, ids) + words(params, ids).mean(1, keepdims=True)) @ params["embed"].T
 
-        made = Learner(learning.config(), learning.SPEC, alg, make_mesh(None), gdpo.scorer(settings, network, MASK_ID))
+        falling = learning.config(run={"steps": 1}, optimizer={"schedule": "linear", "lr": 1e-2})
+        made = Learner(falling, learning.SPEC, alg, make_mesh(None), gdpo.scorer(settings, network, MASK_ID))
         made.init(tiny.params(learning.SPEC))
         rows = learning.rollouts().with_(extras={"mask_key": np.arange(learning.ROWS, dtype=np.int32)})
         rows = rows.with_(extras={"old_elbo": made.views(rows, ("elbo",)).extras["elbo"]})
         _, report = made.update(alg.init(), rows, alg.credit((), jax.tree.map(jnp.asarray, rows), KEY), KEY)
     first, second = (metric_value(m["ratio/max"]) for m in report.per_update)
+    assert [metric_value(m["lr"]) for m in report.per_update] == pytest.approx([1e-2, 5e-3]), "it falls over both"
     assert report.updates == 2 and first == pytest.approx(1, abs=1e-5) and abs(second - 1) > 1e-4
 
 

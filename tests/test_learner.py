@@ -499,6 +499,9 @@ def test_a_config_that_contradicts_the_method_is_refused():
     truncate = config(learner={"importance": {"mode": "truncate"}})
     with pytest.raises(ValueError, match=r"learner.importance.mode=truncate: .* expected none"):
         Learner(truncate, SPEC, algorithm(needs=Needs(importance=False)), mesh)
+    falling = config(optimizer={"schedule": "linear"})
+    with pytest.raises(ValueError, match=r"optimizer.schedule=linear: .* not known ahead, expected that number as"):
+        Learner(falling, SPEC, algorithms.make("seeupo"), mesh)
     with pytest.raises(ValueError, match=r"its views come from scorer 'elbo', expected that as plug_in"):
         Learner(config(), SPEC, algorithm(needs=Needs(scorer="elbo")), mesh)
 

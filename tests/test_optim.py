@@ -40,6 +40,12 @@ def test_schedules_end_at_their_final_share():
     assert rates(schedule="linear", total=20)[10] == pytest.approx(0.5), "the config's total wins over the run's"
 
 
+def test_a_rate_that_falls_must_know_where_it_ends():
+    assert rates(total=10, warmup=2)[2] == optim.schedule(Optimizer(lr=1.0, warmup=2), None)(2) == 1.0
+    with pytest.raises(ValueError, match=r"optimizer.schedule=cosine: .* expected that number as optimizer.total"):
+        optim.schedule(Optimizer(schedule="cosine"), None)
+
+
 def test_warm_up_must_leave_room_for_a_falling_schedule():
     with pytest.raises(ValueError, match=r"optimizer.warmup=10: expected fewer than the 10 optimizer steps"):
         rates(schedule="cosine", warmup=10)

@@ -160,6 +160,7 @@ class Algorithm(NamedTuple):
     observe: Callable[..., tuple[State, Memory]] = keep_state
     select: Callable[..., Selection] | None = None
     update: Callable[..., tuple[State, Report]] | None = None
+    updates: int | None = None  # optimizer steps of an own `update`, where their number is known ahead
 
 
 def expect(ok: bool, field: str, value: Any, expected: str) -> None:

@@ -177,6 +177,7 @@ def build(config: Config) -> Algorithm:
         loss=loss,
         weigh=weigh,
         update=update,
+        updates=config.updates,
         observe=observe,
         couples="row",
         needs=Needs(

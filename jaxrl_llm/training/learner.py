@@ -52,7 +52,8 @@ class Learner:
         """plug_in: computes the views of a method that names a scorer other than "causal", from the policy's parameters.
 
         Raises ValueError when the config contradicts the method: a fused route for a loss that couples the minibatch,
-        importance weights for a loss that has no place for them, a scorer that is not given.
+        importance weights for a loss that has no place for them, a scorer that is not given, a learning rate that falls
+        over an unknown number of updates.
         """
         settings, needs = config.learner, alg.needs
         if settings.route == "fused" and alg.couples == "minibatch":
@@ -90,7 +91,8 @@ class Learner:
             self.shapes[CRITIC] = jax.eval_shape(partial(critics.init, spec, dtype=param_dtype), jax.random.key(0))
             axes[CRITIC] = critics.logical_axes(spec)
         self.shardings = rules.shardings(axes, self.shapes, mesh)
-        total = config.run.steps * settings.epochs * settings.minibatches
+        per_step = alg.updates if alg.update else settings.epochs * settings.minibatches
+        total = None if per_step is None else config.run.steps * per_step
         optimizers = {POLICY: config.optimizer, CRITIC: config.critic or config.optimizer}
         self._optimizers = {label: optim.make(optimizers[label], total) for label in self.labels}
         self._watch = updates.Watch(alg.name, settings.max_nonfinite)

@@ -9,16 +9,21 @@ from jaxrl_llm import config
 from jaxrl_llm.types import Params
 
 
-def schedule(optimizer: config.Optimizer, total_steps: int) -> optax.Schedule:
+def schedule(optimizer: config.Optimizer, total_steps: int | None) -> optax.Schedule:
     """Learning rate at a number of applied updates: linear warm-up to `lr`, then `schedule` down to `final` of it.
 
-    total_steps: where the schedule ends when the config's `total` is none.
-    Raises ValueError when warm-up leaves no room for a schedule that falls.
+    total_steps: where the schedule ends when the config's `total` is none; None: not known ahead.
+    Raises ValueError when the end of a schedule that falls is not known, or warm-up leaves no room for it.
     """
     total = total_steps if optimizer.total is None else optimizer.total
-    warm, peak, rest = optimizer.warmup, optimizer.lr, total - optimizer.warmup
+    warm, peak, rest = optimizer.warmup, optimizer.lr, (total or 0) - optimizer.warmup
     if optimizer.schedule == "constant":
         after = optax.constant_schedule(peak)
+    elif total is None:
+        raise ValueError(
+            f"optimizer.schedule={optimizer.schedule}: the method takes a number of optimizer steps that is not known "
+            "ahead, expected that number as optimizer.total, or schedule constant"
+        )
     elif rest <= 0:
         raise ValueError(f"optimizer.warmup={warm}: expected fewer than the {total} optimizer steps of the schedule")
     elif optimizer.schedule == "cosine":
@@ -46,7 +51,7 @@ def matrices(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
-def make(optimizer: config.Optimizer, total_steps: int) -> optax.GradientTransformation:
+def make(optimizer: config.Optimizer, total_steps: int | None) -> optax.GradientTransformation:
     """Clip by global norm, AdamW (decoupled decay on matrices only, arXiv 1711.05101) or SGD, at the scheduled rate."""
     rate = schedule(optimizer, total_steps)
     clip = optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm else optax.identity()
