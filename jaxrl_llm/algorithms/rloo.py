@@ -9,6 +9,7 @@
 
 On policy the first two have the same gradient. A completion without a reward is left out of its siblings' baseline and of the
 loss; one alone has advantage 0. Completions without trained tokens are not counted in means.
+Nothing clamps the sum in rho: beyond 88 nats it overflows float32, its gradient is not finite, and the learner skips the update.
 Our choices: `spread_tol`, `whiten_eps`.
 """
 

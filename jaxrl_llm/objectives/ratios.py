@@ -41,5 +41,8 @@ def sequence_token(
 
 
 def product(logp: Float[Array, "B T"], old_logp: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B 1"]:
-    """rho = prod_t r_t: the completion is one action, no length normalisation. RLOO, arXiv 2402.14740."""
+    """rho = prod_t r_t: the completion is one action, no length normalisation. RLOO, arXiv 2402.14740.
+
+    Not clamped: infinite in float32 when log rho exceeds 88, with a gradient that is not finite.
+    """
     return jnp.exp(jnp.sum(log_ratio(logp, old_logp, mask), -1, keepdims=True))
