@@ -23,7 +23,7 @@ from jaxrl_llm.training import loop
 config = configured(
     pathlib.Path(sys.argv[1]),
     run={"steps": 6},
-    rewards={"workers": 1},
+    rewards={"workers": 1, "timeout": 300.0},  # a busy machine is no reason to leave a row unscored
     algorithm={"name": "r2vpo", "replay": 1.0, "capacity": 2},
     warmstart={"steps": 8, "batch": 8},
     eval={"size": 8, "every": 2},

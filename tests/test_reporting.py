@@ -161,6 +161,16 @@ def follow(stream, steps, every=2, done=0, first=60):
     return stream.getvalue()
 
 
+def test_a_slow_step_is_a_plain_line_when_half_a_minute_has_passed_since_the_last():
+    now, stream = [0.0], io.StringIO()
+    with Progress(stream, every=1000, clock=lambda: now[0]) as progress:
+        progress.phase("train", 100)
+        for step in range(1, 10):
+            now[0] += 12
+            progress.step(step, {})
+    assert [line.split()[1] for line in stream.getvalue().splitlines()[1:]] == ["1/100", "4/100", "7/100"]
+
+
 def test_plain_progress_is_the_first_the_last_and_every_nth_step_with_time_left():
     said = follow(io.StringIO(), 5).splitlines()
     assert said[0] == "train: 5 steps"

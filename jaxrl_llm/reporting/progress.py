@@ -14,6 +14,7 @@ SHOWN = (  # metric name, label, format
     ("completions/mean_length", "length", "{:.1f}"),
     ("tokens_per_second", "tokens/s", "{:,.0f}"),
 )
+QUIET = 30.0  # seconds without a plain line after which a step says itself
 
 
 class Progress:
@@ -21,7 +22,7 @@ class Progress:
 
     Args:
       stream: where to write; a live panel when it is a terminal, plain lines otherwise.
-      every: steps between plain lines.
+      every: steps between plain lines; slow steps get one when half a minute has passed.
       clock: seconds, for the time left.
     """
 
@@ -30,6 +31,7 @@ class Progress:
         self._every, self._clock, self._live = every, clock, None
         self._phase, self._activity, self._first, self._step, self._total = "", "", 0, 0, 0
         self._timed: tuple[int, float] | None = None  # the first step reported, and when
+        self._spoke = clock()  # when the last plain line was written
         self._values: dict[str, float] = {}
         if self._stream.isatty():
             from rich.console import Console
@@ -66,7 +68,7 @@ class Progress:
         self._step, self._values = step, {**self._values, **values}
         if self._live:
             self._live.update(self._panel())
-        elif step % self._every == 0 or step == self._total or step == self._first + 1:
+        elif step % self._every == 0 or step in (self._first + 1, self._total) or self._clock() - self._spoke >= QUIET:
             self._line(f"{self._phase} {step}/{self._total}  " + self._summary())
 
     def note(self, text: str) -> None:
@@ -95,6 +97,7 @@ class Progress:
     def _line(self, text: str) -> None:
         self._stream.write(text + "\n")
         self._stream.flush()
+        self._spoke = self._clock()
 
     def _summary(self) -> str:
         shown = [f"{label} {form.format(self._values[k])}" for k, label, form in SHOWN if k in self._values]

@@ -3,10 +3,9 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-from tensorboardX import SummaryWriter
 
 from jaxrl_llm.reporting.samples import Sample, as_text
 
@@ -30,7 +29,7 @@ class Writers:
         purge = None if self._step < 0 else self._step + 1
         board = directory / "tensorboard"
         suffix = f".{len(list(board.glob('events*')))}"  # tensorboardX names files by the second and overwrites
-        self._board = SummaryWriter(str(board), flush_secs=30, purge_step=purge, filename_suffix=suffix)
+        self._board = _Board(logdir=str(board), flush_secs=30, purge_step=purge, filename_suffix=suffix)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, on disk when this returns, and tensorboard scalars. Non-finite values become null."""
@@ -40,7 +39,7 @@ class Writers:
         self._metrics.flush()
         for name, value in line.items():
             if name != "step" and value is not None:
-                self._board.add_scalar(name, value, step)
+                self._board.add("add_scalar", name, value, step)
 
     def samples(self, step: int, samples: Sequence[Sample], tag: str = "samples") -> None:
         """Lines of samples.jsonl and one tensorboard text."""
@@ -49,11 +48,11 @@ class Writers:
             self._samples.write((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
         self._samples.flush()
         if samples:
-            self._board.add_text(tag, as_text(samples), step)
+            self._board.add("add_text", tag, as_text(samples), step)
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Tensorboard text, for the config and notes."""
-        self._board.add_text(tag, text, step)
+        self._board.add("add_text", tag, text, step)
 
     def position(self) -> dict[str, int]:
         """Where the files end now; goes into the checkpoint."""
@@ -62,6 +61,33 @@ class Writers:
     def close(self) -> None:
         for file in (self._metrics, self._samples, self._board):
             file.close()
+
+
+class _Board:
+    """A tensorboardX writer that lives in a thread of its own: importing it imports torch where that is installed, a second or
+    more that passes while the first programs compile."""
+
+    def __init__(self, **options: Any):
+        self._thread = ThreadPoolExecutor(1, "tensorboard")
+        self._writer = self._thread.submit(_open_board, options)
+        self._last: Future[Any] = self._writer
+
+    def add(self, method: str, *args: Any) -> None:
+        """Call a method of the writer, after those before. Raises what opening it or the latest call raised, once that is done."""
+        if self._last.done():
+            self._last.result()
+        self._last = self._thread.submit(lambda: getattr(self._writer.result(), method)(*args))
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        self._last.result()
+        self._writer.result().close()
+
+
+def _open_board(options: Mapping[str, Any]) -> Any:
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(**options)
 
 
 def _open_at(path: Path, position: int):

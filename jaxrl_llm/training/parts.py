@@ -1,6 +1,7 @@
 """What the phases of a run work with (warm start, evaluation, RL steps), built once from the config."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,8 +56,10 @@ def make(config: Config) -> tuple[Parts, Params]:
 
     Raises ValueError in one line for anything the config names that is not there or does not fit.
     """
-    words, mesh = build.text(config), build.mesh(config)
-    task = load_task(config.task, config.rewards, config.run.seed, config.rollout.max_new)
+    with ThreadPoolExecutor(1) as background:  # transformers loads while problems are generated in a process
+        loading = background.submit(build.text, config)
+        task = load_task(config.task, config.rewards, config.run.seed, config.rollout.max_new)
+        words, mesh = loading.result(), build.mesh(config)
     _check(config, task)
     limit, overlong = config.rollout.max_prompt, config.rollout.overlong
     prompts, dropped = tokenize(task.train, words, limit, overlong)
