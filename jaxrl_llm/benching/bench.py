@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxrl_llm.benching import clocks, measure, shapes
 from jaxrl_llm.benching.clocks import Peaks, Programs
 from jaxrl_llm.config import Config
+from jaxrl_llm.models import decoder
 from jaxrl_llm.training import metrics, parts
 
 WHAT = ("rollout", "logprob", "train", "step")
@@ -69,7 +70,7 @@ def run(
     if not all(peaks):
         found_peaks = clocks.measure_peaks(jnp.dtype(config.model.dtype))
         peaks = Peaks(*(given or measured for given, measured in zip(peaks, found_peaks)))
-    results = {name: measure.with_peaks(r, peaks, jax.device_count()) for name, r in results.items()}
+    results = {name: measure.with_peaks(r, peaks, made.mesh.size) for name, r in results.items()}
     return {
         "device": {
             "platform": jax.default_backend(),
@@ -79,7 +80,7 @@ def run(
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "load_before": load, "load_after": os.getloadavg()[0]},
         "versions": {"python": platform.python_version(), **_versions()},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "peaks": {**peaks._asdict(), "measured": peak_flops is None or peak_bandwidth is None},
         "shape": _shape(config, made, stop_rate),
         "temporaries": largest,
@@ -95,8 +96,6 @@ def _shape(config: Config, made: parts.Parts, stop_rate: float | None) -> dict[s
 
 def parameters(made: parts.Parts) -> int:
     """How many numbers the policy has; a tied embedding counts once."""
-    from jaxrl_llm.models import decoder
-
     return sum(x.size for x in jax.tree.leaves(decoder.abstract(made.spec)))
 
 

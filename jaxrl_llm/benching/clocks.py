@@ -30,11 +30,17 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values), "n": len(values)}
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds that `call` takes until its result is on the device, and the result."""
-    began = time.perf_counter()
+class Timed(NamedTuple):
+    seconds: float  # wall clock
+    cpu: float  # of all threads of this process; on a shared machine it varies less
+    value: Any
+
+
+def timed(call: Callable[[], Any]) -> Timed:
+    """Run `call` and wait until its result is on the device."""
+    began, cpu = time.perf_counter(), time.process_time()
     out = jax.block_until_ready(call())
-    return time.perf_counter() - began, out
+    return Timed(time.perf_counter() - began, time.process_time() - cpu, out)
 
 
 def process_seconds() -> float:
@@ -128,8 +134,9 @@ def _best(call: Callable[[Any], Any], x: Any, rounds: int = 5, calls: int = 4) -
 
     x, seconds = jax.block_until_ready(call(x)), []
     for _ in range(rounds):
-        spent, x = timed(partial(some, x))
-        seconds.append(spent)
+        run = timed(partial(some, x))
+        seconds.append(run.seconds)
+        x = run.value
     return min(seconds) / calls
 
 

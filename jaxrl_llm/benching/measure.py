@@ -11,7 +11,8 @@ import numpy as np
 from jaxrl_llm import algorithms
 from jaxrl_llm.algorithms.base import Plan, Selection
 from jaxrl_llm.benching import clocks
-from jaxrl_llm.benching.clocks import Peaks, Programs, spread, timed
+from jaxrl_llm.benching.clocks import Peaks, Programs, Timed, spread, timed
+from jaxrl_llm.models.spec import ModelSpec
 from jaxrl_llm.reporting.progress import Progress
 from jaxrl_llm.rollout.collectors import row_of
 from jaxrl_llm.rollout.rows import STOP_LENGTH, Completion, Row
@@ -80,56 +81,66 @@ def rollout(subject: Subject, repeats: int, programs: Programs) -> Result:
     """
     made, config = subject.made, subject.made.config
     prompts = made.prompts.draw(config.rollout.prompts)
-    contexts, n = [p.tokens for p in prompts], [subject.plan.group_size] * len(prompts)
+    plan = subject.plan
+    contexts, n = [p.tokens for p in prompts], [plan.group_size] * len(prompts)
 
-    def sample(step: int, max_new: int | None = None) -> tuple[float, list[int], dict[str, Any]]:
+    def sample(step: int, max_new: int | None = None) -> tuple[Timed, list[int], dict[str, Any]]:
         made.loaded.clear()
-        seconds, engine = 0.0, None
 
-        def call():
-            nonlocal engine
-            engine = made.engine(subject.params, step, subject.plan.hook)
+        def call() -> Any:
+            engine = made.engine(subject.params, step, plan.hook)
             return engine.generate(contexts, n, seed=config.run.seed, step=step, max_new=max_new)
 
-        seconds, completions = timed(call)
-        return seconds, [len(c.tokens) for group in completions for c in group], engine.stats  # type: ignore[union-attr]
+        run = timed(call)
+        return run, [len(c.tokens) for group in run.value for c in group], made.engines[plan.hook].stats
 
-    first, _, _ = sample(0)
+    first = sample(0)[0].seconds
     compiled = programs.take()
     sample(1, 1)
-    runs = [sample(2 + i) for i in range(repeats)]
+    whole = [sample(2 + i) for i in range(repeats)]
     short = [sample(2 + i, 1) for i in range(repeats)]
     again = programs.take()
-    itemsize = made.engine(subject.params, 0, subject.plan.hook).dtype.itemsize
-    weights = clocks.weight_bytes(made.spec, itemsize)
-    per_row = [len(c) for c, k in zip(contexts, n) for _ in range(k)]
-    each = []
-    for (seconds, lengths, stats), (quick, _, quick_stats) in zip(runs, short):
-        steps = stats["steps"] - quick_stats["steps"]
-        read = steps * weights + clocks.kv_bytes(made.spec, itemsize, per_row, lengths, skip=1)
-        groups = np.split(np.array(lengths), np.cumsum(n)[:-1])
-        # Rows that share a context read it together for as long as the longest of them lives.
-        extra = sum(len(c) * (int((g - 1).sum()) - int(g.max() - 1)) for c, g in zip(contexts, groups))
-        shared = read - extra * clocks.kv_bytes(made.spec, itemsize, [1], [1])
-        each.append((seconds, sum(lengths), seconds - quick, steps, read, shared, stats["slot_utilisation"]))
-    seconds, tokens, decode, steps, read, shared, used = zip(*each)
+    itemsize = made.engines[plan.hook].dtype.itemsize
+    quick, quick_steps = min(run.seconds for run, _, _ in short), short[0][2]["steps"]
+    steps = [stats["steps"] - quick_steps for _, _, stats in whole]
+    decode = [run.seconds - quick for run, _, _ in whole]
+    lengths = [np.array(lengths).reshape(len(contexts), -1) for _, lengths, _ in whole]
+    read, shared = zip(*(decode_bytes(made.spec, itemsize, contexts, l, s) for l, s in zip(lengths, steps)))
     return {
-        "rows": len(per_row),
-        "tokens": spread(tokens),
-        "tokens_per_s": spread([t / s for t, s in zip(tokens, seconds)]),
-        "seconds": spread(seconds),
-        "prefill_and_one_token_s": spread([s for s, _, _ in short]),
+        "rows": len(contexts) * plan.group_size,
+        "tokens": spread([int(l.sum()) for l in lengths]),
+        "tokens_per_s": spread([l.sum() / run.seconds for l, (run, _, _) in zip(lengths, whole)]),
+        "seconds": spread([run.seconds for run, _, _ in whole]),
+        "cpu_s": spread([run.cpu for run, _, _ in whole]),
+        "prefill_and_one_token_s": spread([run.seconds for run, _, _ in short]),
         "decode_steps": spread(steps),
         "decode_step_ms": spread([1e3 * d / max(s, 1) for d, s in zip(decode, steps)]),
         "decode_bytes": spread(read),
         "decode_bytes_shared": spread(shared),
         "decode_bandwidth": spread([r / d for r, d in zip(read, decode)]),
         "decode_bandwidth_shared": spread([r / d for r, d in zip(shared, decode)]),
-        "slot_utilisation": spread(used),
+        "slot_utilisation": spread([stats["slot_utilisation"] for _, _, stats in whole]),
         "first_s": first,
         "programs": compiled,
         "recompiles": again["count"],
     }
+
+
+def decode_bytes(
+    spec: ModelSpec, itemsize: int, contexts: Sequence[np.ndarray], lengths: np.ndarray, steps: int
+) -> tuple[int, int]:
+    """The least that decode steps must read after every row's first token, contexts read by each row or shared by a group.
+
+    Args:
+      lengths: [contexts, rows of each] completion lengths.
+    """
+    group = lengths.shape[1]
+    rows = [len(c) for c in contexts for _ in range(group)]
+    read = steps * clocks.weight_bytes(spec, itemsize) + clocks.kv_bytes(spec, itemsize, rows, lengths.ravel(), skip=1)
+    token = clocks.kv_bytes(spec, itemsize, [1], [1])
+    # Rows of a group read their context together for as long as the longest of them lives.
+    spared = sum(len(c) * int((n - 1).sum() - (n.max() - 1)) for c, n in zip(contexts, lengths))
+    return read, read - spared * token
 
 
 def learner_parts(subject: Subject, what: Sequence[str], repeats: int, programs: Programs) -> dict[str, Result]:
@@ -166,10 +177,11 @@ def learner_parts(subject: Subject, what: Sequence[str], repeats: int, programs:
 
 
 def _repeat(call: Any, repeats: int, programs: Programs, tokens: int, flops: float) -> Result:
-    first, _ = timed(call)
+    first = timed(call).seconds
     compiled = programs.take()
     timed(call)  # arrays now have the layout and placement of every later call
-    seconds = [timed(call)[0] for _ in range(repeats)]
+    runs = [timed(call) for _ in range(repeats)]
+    seconds = [run.seconds for run in runs]
     again = programs.take()
     return {
         "tokens": tokens,
@@ -177,6 +189,7 @@ def _repeat(call: Any, repeats: int, programs: Programs, tokens: int, flops: flo
         "tokens_per_s": spread([tokens / s for s in seconds]),
         "flops_per_s": spread([flops / s for s in seconds]),
         "seconds": spread(seconds),
+        "cpu_s": spread([run.cpu for run in runs]),
         "first_s": first,
         "programs": compiled,
         "recompiles": again["count"],
@@ -191,14 +204,15 @@ def step(subject: Subject, repeats: int, programs: Programs) -> Result:
     """
     made, at = subject.made, loop.Position(0, subject.state, {}, {})
     with Progress() as progress:
-        first, (numbers, _) = timed(lambda: loop.step(made, subject.training, at, progress))
+        first = timed(lambda: loop.step(made, subject.training, at, progress)[0])
         start = clocks.process_seconds()
         compiled = programs.take()
         loop.step(made, subject.training, at, progress)
         second = programs.take()
         made.timer.take()
-        steps = [loop.step(made, subject.training, at, progress)[0] for _ in range(repeats)]
+        runs = [timed(lambda: loop.step(made, subject.training, at, progress)[0]) for _ in range(repeats)]
     again = programs.take()
+    steps = [run.value for run in runs]
     rows = made.config.rollout.prompts * subject.plan.group_size
     timing = {name: [s[f"timing/{name}"] for s in steps] for name in (*metrics.PHASES, "other", "step")}
     main = ("generate", "rescore", "update")
@@ -208,12 +222,13 @@ def step(subject: Subject, repeats: int, programs: Programs) -> Result:
         "tokens": spread(kept),
         "tokens_per_s": spread([s["tokens_per_second"] for s in steps]),
         "seconds": spread(timing["step"]),
+        "cpu_s": spread([run.cpu for run in runs]),
         "phases": {name: spread(values) for name, values in timing.items() if name != "step"},
         "outside": spread([1 - sum(s[f"timing/{m}"] for m in main) / s["timing/step"] for s in steps]),
         "flops": spread([s["flops"] for s in steps]),
         "flops_per_s": spread([s["flops"] / s["timing/step"] for s in steps]),
-        "first_s": first,
-        "first_phases": {name: numbers[f"timing/{name}"] for name in (*metrics.PHASES, "other")},
+        "first_s": first.seconds,
+        "first_phases": {name: first.value[f"timing/{name}"] for name in (*metrics.PHASES, "other")},
         "start_to_first_update_s": start,
         "programs": compiled,
         "second_step_programs": second["count"],
