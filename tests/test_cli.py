@@ -148,6 +148,13 @@ def test_sample_completes_a_prompt_the_same_way_twice(config, model, capsys):
     assert once == again
 
 
+def test_the_model_option_stands_in_for_a_path_that_is_not_there(config, model, capsys):
+    elsewhere = ["model.path=missing", "model.spec=null", "tokenizer.chars=null"]
+    assert cli.main(["sample", config, *elsewhere, "1+"]) == 2
+    assert "model.path='missing'" in capsys.readouterr().err
+    assert cli.main(["sample", config, *elsewhere, "1+", "--model", model]) == 0
+
+
 def test_sample_refuses_a_prompt_over_the_limit(config, model, capsys):
     assert cli.main(["sample", config, "1" * 17, "--model", model]) == 2
     assert "rollout.max_prompt=16: the prompt has 18 tokens" in capsys.readouterr().err
