@@ -75,7 +75,7 @@ def run(
         "device": {
             "platform": jax.default_backend(),
             "kind": jax.devices()[0].device_kind,
-            "count": jax.device_count(),
+            "count": made.mesh.size,
         },
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "load_before": load, "load_after": os.getloadavg()[0]},
         "versions": {"python": platform.python_version(), **_versions()},
