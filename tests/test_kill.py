@@ -64,7 +64,7 @@ def wrote_step(directory, step):
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     directory = tmp_path_factory.mktemp("straight")
-    assert start(directory).wait(timeout=300) == 0
+    assert start(directory).wait(timeout=600) == 0
     return directory
 
 
@@ -77,5 +77,5 @@ def test_a_run_killed_at_random_moments_ends_as_the_one_that_was_not(straight, t
     ]
     kills = [kill_after(start(tmp_path), begun, seconds) for begun, seconds in moments]
     assert all(kills), "the run ended before it was killed"
-    assert start(tmp_path).wait(timeout=300) == 0
+    assert start(tmp_path).wait(timeout=600) == 0
     assert_same_run(straight, tmp_path)
