@@ -27,6 +27,11 @@ from typing import Any
 
 Figures = dict[str, float]
 PEERS = ("tunix", "trl")
+PACKAGES = {
+    "ours": ("jaxrl_llm", "jax", "flax"),
+    "tunix": ("google-tunix", "jax", "flax"),
+    "trl": ("trl", "transformers", "torch"),
+}
 PARTS = {"rollout": "sampler", "train": "train", "step": "grpo"}  # of Tunix's harness
 COMPARED = (
     "tokens_per_s",
@@ -87,6 +92,7 @@ def main() -> None:
     report = {
         "date": time.strftime("%Y-%m-%d"),
         "command": "python benchmarks/vs_peers.py " + " ".join(args.cases + [f"--case {c}" for c in args.case]),
+        "versions": versions(args),
         "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
         "ours": args.ours,
         "cases": {name: dataclasses.asdict(case) for name, case in cases.items()},
@@ -116,6 +122,16 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{peer}-harness", help=f"path of peer_{peer}.py")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/vs_peers.json"))
     return parser.parse_args()
+
+
+def versions(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Package versions in each environment."""
+    code = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
+    found = {}
+    for side, names in PACKAGES.items():
+        if python := getattr(args, f"{side}_python"):
+            found[side] = json.loads(execute([python, "-c", code, *names]))
+    return found
 
 
 def custom(text: str) -> tuple[str, Case]:
