@@ -27,7 +27,7 @@ def use(where: str | None) -> Path | None:
     import jax
 
     told = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    if where == "auto" and not told and (set_up := jax.config.jax_compilation_cache_dir):
+    if where == "auto" and not told and (set_up := jax.config.jax_compilation_cache_dir):  # type: ignore[attr-defined]
         return Path(set_up)
     if where is None:
         jax.config.update("jax_compilation_cache_dir", None)
