@@ -169,7 +169,6 @@ def test_a_wrong_key_or_value_is_refused_by_name(base, override, line):
         (["algorithm.name=gdpo"], "algorithm.name='gdpo': its views come from the scorer 'elbo'"),
         (["learner.minibatches=5"], "learner.minibatches=5: does not divide the 32 rows of a step"),
         (["learner.microbatch_rows=5"], "learner.microbatch_rows=5: does not divide the 32 rows of a minibatch"),
-        (["learner.layout=shared", "learner.microbatch_rows=2"], "learner.microbatch_rows=2: layout shared runs whole"),
         (["rewards.parts=[{reward: judge}]"], "rewards.parts: a part is named judge, expected rewards.judge"),
         (["rewards.judge={url: x, model: y}"], "rewards.judge: no part uses it"),
         (["rewards.overlong_cache=8"], "rewards.overlong_cache=8"),

@@ -253,6 +253,30 @@ def test_nothing_compiles_in_steady_state():
     assert counts[1:] == [0, 0]
 
 
+@pytest.mark.parametrize(
+    "route, steps, programs",
+    [("auto", 11, ["fused", "apply"]), ("joint", 12, ["score", "differentiate", "pull", "apply"])],
+)
+def test_an_update_compiled_ahead_is_not_compiled_again(route, steps, programs):
+    made = learner(run={"steps": steps}, learner={"route": route})  # of its own, so nothing is compiled yet
+    rows, seen = rollouts(), []
+    heavy = {f"jit({name})" for name in programs}
+
+    def listen(event: str, duration_secs: float, fun_name: str = "", **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        made.compile_ahead(APART, rows, credit(rows))
+        assert heavy <= set(seen)
+        seen.clear()
+        made.update(APART, rows, credit(rows), KEY)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not heavy & set(seen)
+
+
 def test_updates_donate_the_old_parameters_and_moments():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -16,6 +16,8 @@ import numpy as np
 from jaxrl_llm.models import decoder
 from jaxrl_llm.models.spec import ModelSpec
 
+Lengths = Sequence[int] | np.ndarray
+
 _IMPORTED = time.time()
 _STAGES = {
     "/jax/core/compile/jaxpr_trace_duration": "trace_s",
@@ -147,7 +149,7 @@ def weight_bytes(spec: ModelSpec, itemsize: int) -> int:
     return itemsize * (numbers - (0 if spec.tied else int(np.prod(shapes["embed"].shape))))
 
 
-def kv_bytes(spec: ModelSpec, itemsize: int, contexts: Sequence[int], new: Sequence[int], skip: int = 0) -> int:
+def kv_bytes(spec: ModelSpec, itemsize: int, contexts: Lengths, new: Lengths, skip: int = 0) -> int:
     """Keys and values that decoding must read: for the token at position t of a completion, context + t tokens of every layer.
 
     The context's last token counts among these: it is the first input. Sliding windows are not taken into account.

@@ -79,6 +79,10 @@ class Stream:
         chosen = np.argsort(-keys, kind="stable")[:total]
         return [self._prompts[i] for i in chosen[self._process :: self._processes]]
 
+    def longest(self, n: int) -> list[Prompt]:
+        """The `n` longest prompts; fewer when there are fewer."""
+        return sorted(self._prompts, key=lambda p: -len(p.tokens))[:n]
+
     @property
     def epoch(self) -> float:
         """Passes over the prompts drawn so far by all processes, weighted draws not counted."""

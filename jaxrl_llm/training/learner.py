@@ -250,6 +250,41 @@ class Learner:
         self._watch.check()
         return state, report
 
+    def compile_ahead(self, state: State, rows: Rollouts, credit: Credit) -> None:
+        """Compile what `update` runs on batches of this shape and these lengths. Nothing is computed but credit's weights,
+        nothing of the learner changes, and another thread may use it meanwhile.
+        """
+        settings, host, names = self.config.learner, layouts.host_rows(rows), self.alg.needs.loss
+        whole = settings.layout == "shared"
+        part = minibatches(rows, settings.minibatches, np.random.default_rng(0), whole)[0]
+        batch = jax.device_put((rows, credit, None), self._everywhere)
+        rows, credit, _ = self._take(*batch, part.index, part.block)
+        host = host.take(part.index, part.block)
+        layout, (piece, *_), piece_of = self._arrange(rows, host, len(host.tokens))
+        heat, read = self._heat(None), self._read(rows)
+        on = {label: np.True_ for label in self.labels}
+        state, on = jax.device_put((state, on), self._everywhere)
+        shape = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding))
+        everywhere = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._everywhere))
+        train = shape(replace(self.train, reference=None))
+        with jax.set_mesh(self.mesh):
+            credit, _, signal = self._weigh(state, rows, credit)
+            grads = shape(self._zeros.lower().compile().out_info)
+            programs = []
+            if self._fuses(piece_of, host.block):
+                programs.append(self._fused.lower(layout, train.params, grads, piece, state, rows, credit, heat))
+                loss = everywhere(programs[-1].out_info[1])
+            else:
+                out = everywhere(jax.eval_shape(lambda: gradients.no_views(names, rows.tokens.shape, self.model.wide)))
+                params = {label: train.params[label] for label in gradients.labels(names)}
+                programs.append(self._score.lower(layout, names, params, out, piece, heat, read))
+                programs.append(self._differentiate.lower(state, out, rows, credit))
+                loss, cotangents = everywhere(programs[-1].out_info)
+                programs.append(self._pull.lower(layout, train.params, grads, piece, cotangents, heat, read))
+            programs.append(self._apply.lower(train, grads, loss, on, signal))
+            for program in programs:
+                program.compile()
+
     def sync_reference(self) -> None:
         """Copy the policy into the frozen reference, on the devices or in host memory as `reference.mode` says."""
         copy = jax.device_put(self._copy(self.train.params[POLICY]), self._reference_placement())

@@ -7,6 +7,7 @@ run killed anywhere and resumed from its last checkpoint gives the numbers of on
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from jaxrl_llm.reporting.writers import Writers
 from jaxrl_llm.rollout import driver
 from jaxrl_llm.rollout.rows import Completion, Request, Row, pack
 from jaxrl_llm.tasks.base import Prompt
-from jaxrl_llm.training import build, metrics, parts, phases
+from jaxrl_llm.training import ahead, build, metrics, parts, phases
 from jaxrl_llm.training.checkpoints import CheckpointError, Checkpoints
 from jaxrl_llm.training.learner import Learner, NoGradientError, NonFiniteError
 from jaxrl_llm.training.parts import Parts
@@ -51,6 +52,7 @@ class Training:
     alg: Algorithm
     learner: Learner
     credit: Callable[..., Any]  # alg.credit, compiled
+    ahead: Future[None] | None = None  # the update, being compiled
     on_rows: OnRows | None = None
     warned: bool = False  # of groups of one
 
@@ -89,7 +91,8 @@ def _run(made: Parts, params: Params, run: RunDir, stop: Stop, progress: Progres
             params = warm
         learner = Learner(config, made.spec, alg, made.mesh)
         learner.init(params)
-        training = Training(alg, learner, jax.jit(alg.credit), on_rows)
+        training = Training(alg, learner, jax.jit(alg.credit), on_rows=on_rows)
+        training.ahead = _compile_ahead(made, training, state)
         if fresh:
             writers = Writers(run.path)
             before = _held_out(made, training, 0, "before RL", writers, progress)
@@ -168,6 +171,8 @@ def step(
         sampled = batch_of(made, alg, plan, rows)
     with timer.phase("rescore"):
         batch = jax.block_until_ready(rescore(learner, alg, plan, sampled, config.learner.old_logp == "rescore"))
+    if training.ahead:
+        training.ahead.result()
     credit = training.credit(at.state, batch, key)
     chosen = Selection(batch, credit, at.memory)
     if alg.select:
@@ -231,6 +236,15 @@ def collect(made: Parts, params: Params, plan: Plan, step: int) -> list[Row]:
         return made.prompts.draw_weighted(n, np.asarray(plan.prompt_weights))
 
     return driver.collect(plan, draw(config.rollout.prompts), sample=sample, score=score, draw=draw)
+
+
+def _compile_ahead(made: Parts, training: Training, state: State) -> Future[None] | None:
+    """Have the update compiled for the longest batch the first step may yield, while others things begin."""
+    alg, rollout = training.alg, made.config.rollout
+    plan = alg.plan(state)
+    prompts = made.prompts.longest(rollout.prompts)
+    rows = ahead.likely_rows(alg, plan.group_size or rollout.group_size, prompts, rollout.max_new)
+    return ahead.start(training.learner, state, training.credit, batch_of(made, alg, plan, rows))
 
 
 def batch_of(made: Parts, alg: Algorithm, plan: Plan, rows: Sequence[Row]) -> Rollouts:
