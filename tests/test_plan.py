@@ -101,6 +101,6 @@ def test_a_mesh_larger_than_the_devices_is_refused(config):
 def test_the_text_names_what_a_step_does(config):
     text = plan.describe(config("learner.minibatches=2", "learner.microbatch_rows=4"), devices=2)
     assert "8 prompts × 4 completions = 32 rows" in text
-    assert "1 epochs × 2 minibatches of 16 rows × 4 microbatches of 4 rows" in text
+    assert "1 epochs × 2 minibatches of 16 rows × 2 microbatches of 8 rows" in text  # four for each device
     assert "dp 1 × fsdp 2 × tp 1 × ep 1 × sp 1 = 2 devices" in text
     assert "differentiated: logp; rescored: old_logp" in text
