@@ -122,10 +122,15 @@ def fit(layout: Layout, rows: HostRows, shards: int = 1) -> Layout:
     if layout.name == "padded":
         return small
     needed = np.array([place.max() + 1 for _, place, _ in _by_context(rows, run, completion)])  # slots of each context
-    small = small._replace(slots=min(layout.slots, _step(needed.max())))
-    most = layout.sequences * layout.length // small.length
-    some = min(most, _step(int(np.sum(-(-needed // small.slots)))))
-    return small._replace(sequences=max(some // shards, 1) * shards)
+
+    def cut(slots: int) -> Layout:
+        return small._replace(slots=slots, sequences=_step(np.sum(-(-needed // slots))))
+
+    # Fewer slots than the longest group needs run its context again, and leave the others less room unused.
+    slots = {min(layout.slots, _step(n)) for n in range(1, needed.max() + 1)}
+    best = min(map(cut, sorted(slots, reverse=True)), key=lambda c: c.sequences * c.length)
+    some = min(best.sequences, layout.sequences * layout.length // best.length)
+    return best._replace(sequences=max(some // shards, 1) * shards)
 
 
 def _halved(room: int, need: int) -> int:
@@ -135,7 +140,7 @@ def _halved(room: int, need: int) -> int:
     return room
 
 
-def _step(n: int) -> int:
+def _step(n: Any) -> int:
     """The next of 1, 2, 3, 4, 6, 8, 12, 16, ..."""
     power = 1 << max(int(n) - 1, 0).bit_length()
     return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
