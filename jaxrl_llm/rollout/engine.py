@@ -268,11 +268,12 @@ class Engine:
         """The jitted programs. Inside, every shard sees only its own leading index, which is dropped."""
         spec, shard = settings.spec, PartitionSpec(SHARDED)
 
-        def counted(f: Callable) -> Callable:
+        def counted(f: Callable, name: str) -> Callable:
             def traced(*args):
                 self.compilations += 1  # the body runs once per compiled program
                 return f(*args)
 
+            traced.__name__ = name  # what profiles and logs of compilations show
             return traced
 
         def per_shard(f: Callable, in_specs: tuple) -> Callable:
@@ -312,14 +313,16 @@ class Engine:
             "layers": [{k: PartitionSpec(*s[1:]) for k, s in layout["layers"].items()} for _ in range(spec.layers)],
         }
         weights = jax.tree.map(lambda s: NamedSharding(self.mesh, s), weights)
-        self._prepare = jax.jit(counted(partial(decode.prepare, spec, settings.dtype)), out_shardings=weights)
-        self._prefill = jax.jit(counted(prefill), static_argnums=0, out_shardings=self._shard)
-        self._idle = jax.jit(counted(idle), static_argnums=(0, 1, 2))
+        self._prepare = jax.jit(
+            counted(partial(decode.prepare, spec, settings.dtype), "prepare"), out_shardings=weights
+        )
+        self._prefill = jax.jit(counted(prefill, "prefill"), static_argnums=0, out_shardings=self._shard)
+        self._idle = jax.jit(counted(idle, "idle"), static_argnums=(0, 1, 2))
         # Every process reads the whole log, so that all of them take the same decisions.
         out = (self._shard, self._everywhere, self._everywhere)
-        self._decode = jax.jit(counted(decode_), static_argnums=0, donate_argnums=8, out_shardings=out)
-        self._compact = jax.jit(counted(compact), static_argnums=0)
-        self._keys = jax.jit(counted(item_keys))
+        self._decode = jax.jit(counted(decode_, "decode"), static_argnums=0, donate_argnums=8, out_shardings=out)
+        self._compact = jax.jit(counted(compact, "compact"), static_argnums=0)
+        self._keys = jax.jit(counted(item_keys, "item_keys"))
 
 
 class _Results:
