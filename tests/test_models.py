@@ -349,3 +349,11 @@ def test_a_critic_s_values_are_affine_in_its_hidden_states(x64):
     head = {"weight": jnp.arange(16.0), "bias": jnp.asarray(-2.0)}
     hidden = jnp.asarray(np.random.default_rng(0).standard_normal((3, 5, 16)))
     np.testing.assert_allclose(critic.values({"value": head}, hidden), hidden @ np.arange(16.0) - 2)
+
+
+def test_automatic_rematerialization_keeps_products_while_they_fit():
+    spec = tiny.spec("qwen3")
+    few = decoder.KEPT_ON_CPU // (decoder.kept_products(spec, jnp.float32) * spec.layers)
+    assert decoder.fitting_remat(spec, few, jnp.float32) == "dots"
+    assert decoder.fitting_remat(spec, few + 1, jnp.float32) == "full"
+    assert decoder.fitting_remat(spec, 2 * few, jnp.bfloat16) == "dots"

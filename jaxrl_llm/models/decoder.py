@@ -17,12 +17,15 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.models.attention import Attend, LayerInfo, accumulator
 from jaxrl_llm.models.spec import SILU, ModelSpec
-from jaxrl_llm.sharding.rules import constrain
+from jaxrl_llm.sharding.rules import constrain, ways
 from jaxrl_llm.types import Params
 
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["auto", "none", "dots", "full"]
 
 ACTIVATIONS = {SILU: jax.nn.silu}
+# What "auto" lets the backward pass keep on a CPU, where computing again is no slower than reading back, and elsewhere
+# as a share of the device's memory (or of a small device's, where none is there to ask).
+KEPT_ON_CPU, KEPT_SHARE, SMALL_DEVICE = 2**29, 1 / 4, 2**34
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -186,6 +189,21 @@ def block(
     return constrain(x + h, "batch", "seq", None), y
 
 
+def kept_products(spec: ModelSpec, dtype: Any) -> int:
+    """Bytes of the residual stream and of all products with weights, of one token in one layer."""
+    numbers = 3 * spec.embed + (spec.heads + 2 * spec.kv_heads) * spec.head_dim + 2 * spec.mlp
+    return numbers * jnp.dtype(dtype).itemsize
+
+
+def fitting_remat(spec: ModelSpec, tokens: int, dtype: Any) -> Remat:
+    """ "dots" where what it keeps of `tokens` on one device fits, else "full"."""
+    room = KEPT_ON_CPU
+    if jax.default_backend() != "cpu":
+        stats = jax.local_devices()[0].memory_stats() or {}
+        room = KEPT_SHARE * stats.get("bytes_limit", SMALL_DEVICE)
+    return "dots" if kept_products(spec, dtype) * tokens * spec.layers <= room else "full"
+
+
 def forward(
     spec: ModelSpec,
     params: Params,
@@ -199,9 +217,11 @@ def forward(
     """Hidden states after the final norm, and what `attend` kept, stacked over layers on a leading axis.
 
     `positions` are those of the rotary embedding; `attend` alone decides who sees whom. Layers run in a scan, so
-    compile time does not grow with depth. `remat`: what the backward pass recomputes of a layer: nothing, all but
-    matrix products, everything.
+    compile time does not grow with depth. `remat`: what the backward pass recomputes of a layer: nothing ("none"), all but
+    products with weights ("dots"), everything ("full"); "auto" is "dots" where those products fit.
     """
+    if remat == "auto":
+        remat = fitting_remat(spec, tokens.size // ways("batch"), dtype)
     x = embed(spec, params, tokens, dtype)
     cos, sin = rope(spec, positions, dtype)
     mixed = len(set(spec.windows)) > 1  # one window for all stays static

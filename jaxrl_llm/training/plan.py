@@ -189,14 +189,16 @@ def _activation_bytes(config: Config, step: Step) -> int:
     spec, layout = step.spec, step.layout
     item = jnp.dtype(config.model.dtype).itemsize
     d, q, kv, mlp = spec.embed, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.mlp
-    stream = d * item
-    products = (2 * d + q + 2 * kv + 2 * mlp) * item  # outputs of the weight matrices
+    stream, products = d * item, decoder.kept_products(spec, config.model.dtype)
     scores = 2 * spec.heads * layout.length * max(item, 4)
-    everything = products + (9 * d + 5 * q + 4 * kv + 3 * mlp) * item + scores  # norms, rotations, gates
-    kept = {"none": everything, "dots": stream + products, "full": stream}[config.model.remat]
-    once = 0 if config.model.remat == "none" else everything
+    everything = products + (8 * d + 5 * q + 4 * kv + 3 * mlp) * item + scores  # norms, rotations, gates
     shards = math.prod(step.mesh[a] for a in rules.RULES["batch"])
     tokens = layout.sequences * layout.length // shards
+    remat = config.model.remat
+    if remat == "auto":
+        remat = decoder.fitting_remat(spec, tokens, config.model.dtype)
+    kept = {"none": everything, "dots": products, "full": stream}[remat]
+    once = 0 if remat == "none" else everything
     scored = layout.sequences * layout.slots * layout.completion // shards
     logits = min(scored, config.model.head_chunk or scored) * spec.vocab
     if not config.model.head_chunk:
