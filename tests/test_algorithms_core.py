@@ -1,4 +1,4 @@
-"""The known answers of GRPO and its variants, GSPO, RLOO, REINFORCE++, PPO, DCPO and R2VPO, in float64 to the printed digits,
+"""The known answers of GRPO and its variants, GSPO, CISPO, SAPO, RLOO, REINFORCE++, PPO, DCPO and R2VPO, in float64 to the printed digits,
 and what these methods keep across steps."""
 
 import jax
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import algorithms
-from jaxrl_llm.algorithms import ppo, r2vpo, reinforce_pp, rloo
+from jaxrl_llm.algorithms import ppo, r2vpo, reinforce_pp, rloo, sapo
 from jaxrl_llm.algorithms.base import Report
 from jaxrl_llm.objectives import ratios, surrogates
 from jaxrl_llm.types import REPLAY, Credit, Mean, Rollouts, Views
@@ -188,6 +188,125 @@ def test_gspo_token_with_token_advantages():
         [0, 0, -0.07490210],
     ]
     close(grad, expected)
+
+
+# CISPO
+
+
+@pytest.mark.parametrize(
+    ("fields", "loss", "expected"),
+    [
+        (
+            {"cap_high": 2.0},
+            0.00420271,
+            [
+                [-0.12279677, -0.18319125, -0.07448001],
+                [0.14998431, 0.06097907, 0],
+                [-0.05840395, 0, 0],
+                [0.05445548, 0.11111111, 0.01673301],
+            ],
+        ),
+        (
+            {"cap_low": 0.8, "cap_high": 1.2},
+            -0.07577309,
+            [
+                [-0.12279677, -0.13333333, -0.08888889],
+                [0.13333333, 0.08888889, 0],
+                [-0.05840395, 0, 0],
+                [0.05445548, 0.06666667, 0.04444444],
+            ],
+        ),
+        (
+            {},
+            -0.00090399,
+            [
+                [-0.12279677, -0.18319125, -0.07448001],
+                [0.14998431, 0.06097907, 0],
+                [-0.05840395, 0, 0],
+                [0.05445548, 0.13664462, 0.01673301],
+            ],
+        ),
+        (
+            {"clip_low": 0.2, "clip_high": 0.2},
+            0.12565314,
+            [[-0.12279677, 0, -0.07448001], [0.14998431, 0, 0], [-0.05840395, 0, 0], [0.05445548, 0.13664462, 0]],
+        ),
+    ],
+)
+def test_cispo(fields, loss, expected):
+    value, grad = loss_and_grad("cispo", advantage=ADVANTAGE, **fields)
+    close(value, loss)
+    close(grad, expected)
+
+
+def test_cispo_masked_and_without_caps_has_the_gradient_of_ppo():
+    fields = {"clip_low": 0.2, "clip_high": 0.2}
+    _, masked = loss_and_grad("cispo", advantage=ADVANTAGE, cap_high=None, **fields)
+    _, clipped = loss_and_grad("grpo", advantage=ADVANTAGE, aggregation="token-mean", **fields)
+    close(masked, clipped)
+
+
+# SAPO
+
+
+@pytest.mark.parametrize(
+    ("taus", "loss", "expected"),
+    [
+        (
+            (1.0, 1.05),
+            -0.06554153,
+            [
+                [-0.09184337, -0.12389488, -0.05436924],
+                [0.16316548, 0.06489181, 0],
+                [-0.13132257, 0, 0],
+                [0.04083720, 0.05987846, 0.01100138],
+            ],
+        ),
+        (
+            (2.0, 4.0),
+            -0.22930872,
+            [
+                [-0.09108636, -0.09262759, -0.05020293],
+                [0.10713766, 0.03328961, 0],
+                [-0.13106405, 0, 0],
+                [0.04077762, 0.00118740, 0.00272415],
+            ],
+        ),
+    ],
+)
+def test_sapo(taus, loss, expected):
+    value, grad = loss_and_grad("sapo", advantage=ADVANTAGE, tau_pos=taus[0], tau_neg=taus[1])
+    close(value, loss)
+    close(grad, expected)
+
+
+def test_sapo_gates():
+    ratio = jnp.array([0.25, 0.8, 1, 1.5, 4])
+    close(sapo.gate(ratio, 1.0), [1.28328520, 1.80066401, 2, 2.48983732, 3.81029651])
+    close(sapo.gate_weight(ratio, 1.0), [0.87157998, 0.99006629, 1, 0.94001485, 0.18070664])
+    close(sapo.gate_weight(ratio, 1.05), [0.85968341, 0.98905553, 1, 0.93413982, 0.15761114])
+
+
+def test_sapo_on_policy_has_the_gradient_of_grpo_without_a_clip():
+    _, soft = loss_and_grad("sapo", advantage=ADVANTAGE, logp=OLD)
+    _, hard = loss_and_grad("grpo", advantage=ADVANTAGE, logp=OLD, clip_high=1e9)
+    close(soft, hard)
+
+
+def test_sapo_is_finite_at_ratios_beyond_float32():
+    value, grad = loss_and_grad("sapo", advantage=ADVANTAGE, logp=OLD + 100.0)
+    assert np.isfinite(value) and np.all(np.isfinite(grad))
+
+
+def test_sapo_weighs_a_row_of_similar_tokens_as_gspo_with_a_soft_gate():
+    """The mean of its token weights is the gate's weight at the sequence ratio, up to tau^2 / 4 times the variance of log r,
+    where r - 1 is near log r."""
+    tau = 1.0
+    for spread in (0.02, 0.05):
+        log_r = 0.01 + spread * np.random.default_rng(0).normal(size=1000)
+        token = np.mean(sapo.gate_weight(jnp.exp(log_r), tau))
+        sequence = 1 / np.cosh(tau / 2 * np.mean(log_r)) ** 2
+        assert 0 < sequence - token <= tau**2 / 4 * np.var(log_r) + 1e-4
 
 
 # RLOO
@@ -531,6 +650,9 @@ def test_r2vpo_replay_is_a_function_of_the_key_and_resumes_from_its_memory():
         ("grpo", {"kl_ratio": True}, "algorithm.kl_ratio=True: expected false without a KL term"),
         ("grpo", {"max_length": 8}, "algorithm.max_length=8: expected none with seq-mean-token-mean"),
         ("gspo", {"form": "rows"}, "algorithm.form='rows': expected one of sequence, token"),
+        ("cispo", {"cap_high": 0.9}, "algorithm.cap_high=0.9: expected at least 1, or null"),
+        ("cispo", {"clip_high": 0.2}, "algorithm.clip_high=0.2: expected both clip_low and clip_high, or neither"),
+        ("sapo", {"tau_neg": 0.0}, "algorithm.tau_neg=0.0: expected more than 0"),
         ("rloo", {"beta": -1.0}, "algorithm.beta=-1.0: expected at least 0"),
         ("reinforce_pp", {"baseline": True, "gamma": 0.9}, "algorithm.gamma=0.9: expected 1 with baseline=true"),
         ("ppo", {"beta": 0.0, "kl_target": 0.1}, "algorithm.kl_target=0.1: expected none without a KL term"),

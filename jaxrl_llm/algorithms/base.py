@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxrl_llm.advantages import group
 from jaxrl_llm.objectives import weights
 from jaxrl_llm.objectives.surrogates import Clipped
 from jaxrl_llm.types import Credit, Max, Mean, Memory, Metrics, Rollouts, State, Views, mean_of
@@ -119,6 +120,16 @@ def clipped_metrics(
         "clip_ratio/high": mean_of(surrogate.high, mask),
         **ratio_metrics(ratio, mask),
     }
+
+
+def group_credit(ddof: int, eps: float, spread_tol: float) -> Callable[[State, Rollouts, Key], Credit]:
+    """The `credit` of methods that take GRPO's advantage as it is: (R - mean_g) / (std_g + eps) on every token of a row."""
+
+    def credit(state: State, rows: Rollouts, key: Key) -> Credit:
+        advantage = group.normalized(rows.score, rows.group, rows.counted, ddof=ddof, eps=eps, spread_tol=spread_tol)
+        return Credit(per_token(advantage, rows))
+
+    return credit
 
 
 def keep(state: State, metrics: Metrics) -> State:

@@ -26,8 +26,8 @@ from jaxrl_llm.algorithms.base import (
     clipped_metrics,
     expect_one_of,
     flat_plan,
+    group_credit,
     no_state,
-    per_token,
     weigh_by,
 )
 from jaxrl_llm.objectives import ratios, surrogates, weights
@@ -51,17 +51,6 @@ class Config:
 
 
 def build(config: Config) -> Algorithm:
-    def credit(state: State, rows: Rollouts, key: jax.Array) -> Credit:
-        advantage = group.normalized(
-            rows.score,
-            rows.group,
-            rows.counted,
-            ddof=config.ddof,
-            eps=config.eps,
-            spread_tol=config.spread_tol,
-        )
-        return Credit(per_token(advantage, rows))
-
     def weigh(state: State, rows: Rollouts, credit: Credit) -> Credit:
         return weigh_by(credit, weights.seq_mean_token_mean(rows.trained))
 
@@ -77,7 +66,7 @@ def build(config: Config) -> Algorithm:
         config=config,
         init=no_state,
         plan=flat_plan,
-        credit=credit,
+        credit=group_credit(config.ddof, config.eps, config.spread_tol),
         loss=loss,
         weigh=weigh,
         needs=Needs(min_group=2),
