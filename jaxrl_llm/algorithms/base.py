@@ -174,6 +174,29 @@ class Algorithm(NamedTuple):
     updates: int | None = None  # optimizer steps of an own `update`, where their number is known ahead
 
 
+def row_mean(state: State, rows: Rollouts, credit: Credit) -> Credit:
+    """`weigh` by the mean over rows of the mean over a row's trained tokens, GRPO's aggregation."""
+    return weigh_by(credit, weights.seq_mean_token_mean(rows.trained))
+
+
+def group_method(name: str, config: Any, loss: Callable[..., tuple[Array, Metrics]], **changed: Any) -> Algorithm:
+    """A method that is GRPO but for its loss: group-normalised advantages, row means, no state, nothing coupled.
+
+    Args:
+      config: has `ddof`, `eps` and `spread_tol`.
+      changed: other fields of `Algorithm`, where the method differs there too.
+    """
+    fields: dict[str, Any] = {
+        "init": no_state,
+        "plan": flat_plan,
+        "credit": group_credit(config.ddof, config.eps, config.spread_tol),
+        "weigh": row_mean,
+        "needs": Needs(min_group=2),
+        "couples": "row",
+    }
+    return Algorithm(name=name, config=config, loss=loss, **(fields | changed))
+
+
 def expect(ok: bool, field: str, value: Any, expected: str) -> None:
     """Raise ValueError "algorithm.<field>=<value>: expected <expected>" unless `ok`; for `Config.__post_init__`."""
     if not ok:

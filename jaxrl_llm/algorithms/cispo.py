@@ -20,17 +20,7 @@ import jax.numpy as jnp
 
 from jaxrl_llm.advantages import group
 from jaxrl_llm.algorithms import Paper
-from jaxrl_llm.algorithms.base import (
-    Algorithm,
-    Needs,
-    check_clip,
-    clipped_metrics,
-    expect,
-    flat_plan,
-    group_credit,
-    no_state,
-    weigh_by,
-)
+from jaxrl_llm.algorithms.base import Algorithm, check_clip, clipped_metrics, expect, group_method, weigh_by
 from jaxrl_llm.objectives import ratios, surrogates, weights
 from jaxrl_llm.types import Credit, Metrics, Rollouts, State, Views
 
@@ -87,14 +77,4 @@ def build(config: Config) -> Algorithm:
         policy = surrogates.Clipped(token, low, high)
         return weights.weighted_sum(token, credit.weight), clipped_metrics(policy, ratio, mask, credit.weight)
 
-    return Algorithm(
-        name="cispo",
-        config=config,
-        init=no_state,
-        plan=flat_plan,
-        credit=group_credit(config.ddof, config.eps, config.spread_tol),
-        loss=loss,
-        weigh=weigh,
-        needs=Needs(min_group=2),
-        couples="row",
-    )
+    return group_method("cispo", config, loss, weigh=weigh)

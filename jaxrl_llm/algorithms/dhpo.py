@@ -25,18 +25,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxrl_llm.advantages import group
 from jaxrl_llm.algorithms import Paper
-from jaxrl_llm.algorithms.base import (
-    Algorithm,
-    Needs,
-    check_clip,
-    clipped_metrics,
-    expect,
-    expect_one_of,
-    flat_plan,
-    group_credit,
-    no_state,
-    weigh_by,
-)
+from jaxrl_llm.algorithms.base import Algorithm, Needs, check_clip, clipped_metrics, expect, expect_one_of, group_method
 from jaxrl_llm.objectives import ratios, surrogates, weights
 from jaxrl_llm.types import Credit, Metrics, Rollouts, State, Views, mean_of
 
@@ -93,9 +82,6 @@ def entropy_weight(
 def build(config: Config) -> Algorithm:
     by_entropy = config.mix == "entropy"
 
-    def weigh(state: State, rows: Rollouts, credit: Credit) -> Credit:
-        return weigh_by(credit, weights.seq_mean_token_mean(rows.trained))
-
     def loss(state: State, views: Views, rows: Rollouts, credit: Credit) -> tuple[jax.Array, Metrics]:
         mask, advantage = rows.trained, jnp.where(rows.trained, credit.advantage, 0)
         token_ratio = ratios.token(views.logp, rows.old_logp, mask)
@@ -120,14 +106,10 @@ def build(config: Config) -> Algorithm:
             "clip_ratio/sequence_high": mean_of(row.high, mask),
         }
 
-    return Algorithm(
-        name="dhpo",
-        config=config,
-        init=no_state,
-        plan=flat_plan,
-        credit=group_credit(config.ddof, config.eps, config.spread_tol),
-        loss=loss,
-        weigh=weigh,
+    return group_method(
+        "dhpo",
+        config,
+        loss,
         needs=Needs(loss=("logp", "entropy") if by_entropy else ("logp",), min_group=2),
         couples="minibatch" if config.entropy_scope == "batch" else "row",
     )

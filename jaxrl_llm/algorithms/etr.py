@@ -20,17 +20,7 @@ from jaxtyping import Array, Float
 
 from jaxrl_llm.advantages import group
 from jaxrl_llm.algorithms import Paper
-from jaxrl_llm.algorithms.base import (
-    Algorithm,
-    Needs,
-    check_clip,
-    clipped_metrics,
-    expect,
-    flat_plan,
-    group_credit,
-    no_state,
-    weigh_by,
-)
+from jaxrl_llm.algorithms.base import Algorithm, check_clip, clipped_metrics, expect, group_credit, group_method
 from jaxrl_llm.objectives import ratios, surrogates, weights
 from jaxrl_llm.types import Credit, Metrics, Rollouts, State, Views, mean_of
 
@@ -80,9 +70,6 @@ def build(config: Config) -> Algorithm:
     def credit(state: State, rows: Rollouts, key: jax.Array) -> Credit:
         return replace(normalized(state, rows, key), extras={"learnability": learnability(config, rows)})
 
-    def weigh(state: State, rows: Rollouts, credit: Credit) -> Credit:
-        return weigh_by(credit, weights.seq_mean_token_mean(rows.trained))
-
     def loss(state: State, views: Views, rows: Rollouts, credit: Credit) -> tuple[jax.Array, Metrics]:
         mask, v = rows.trained, credit.extras["learnability"]
         advantage = jnp.where(mask, credit.advantage, 0)
@@ -95,14 +82,4 @@ def build(config: Config) -> Algorithm:
             "clip_radius/high": mean_of(high, mask),
         }
 
-    return Algorithm(
-        name="etr",
-        config=config,
-        init=no_state,
-        plan=flat_plan,
-        credit=credit,
-        loss=loss,
-        weigh=weigh,
-        needs=Needs(min_group=2),
-        couples="row",
-    )
+    return group_method("etr", config, loss, credit=credit)

@@ -19,17 +19,7 @@ import jax
 
 from jaxrl_llm.advantages import group
 from jaxrl_llm.algorithms import Paper
-from jaxrl_llm.algorithms.base import (
-    Algorithm,
-    Needs,
-    check_clip,
-    clipped_metrics,
-    expect_one_of,
-    flat_plan,
-    group_credit,
-    no_state,
-    weigh_by,
-)
+from jaxrl_llm.algorithms.base import Algorithm, check_clip, clipped_metrics, expect_one_of, group_method
 from jaxrl_llm.objectives import ratios, surrogates, weights
 from jaxrl_llm.types import Credit, Metrics, Rollouts, State, Views
 
@@ -51,9 +41,6 @@ class Config:
 
 
 def build(config: Config) -> Algorithm:
-    def weigh(state: State, rows: Rollouts, credit: Credit) -> Credit:
-        return weigh_by(credit, weights.seq_mean_token_mean(rows.trained))
-
     def loss(state: State, views: Views, rows: Rollouts, credit: Credit) -> tuple[jax.Array, Metrics]:
         mask = rows.trained
         likelihood_ratio = ratios.sequence if config.form == "sequence" else ratios.sequence_token
@@ -61,14 +48,4 @@ def build(config: Config) -> Algorithm:
         policy = surrogates.clipped(ratio, credit.advantage, mask, config.clip_low, config.clip_high)
         return weights.weighted_sum(policy.loss, credit.weight), clipped_metrics(policy, ratio, mask, credit.weight)
 
-    return Algorithm(
-        name="gspo",
-        config=config,
-        init=no_state,
-        plan=flat_plan,
-        credit=group_credit(config.ddof, config.eps, config.spread_tol),
-        loss=loss,
-        weigh=weigh,
-        needs=Needs(min_group=2),
-        couples="row",
-    )
+    return group_method("gspo", config, loss)

@@ -31,9 +31,7 @@ from jaxrl_llm.algorithms.base import (
     clipped_metrics,
     expect,
     expect_one_of,
-    flat_plan,
-    group_credit,
-    no_state,
+    group_method,
     weigh_by,
 )
 from jaxrl_llm.objectives import kl, ratios, surrogates, weights
@@ -132,18 +130,14 @@ def build(config: Config) -> Algorithm:
             metrics["kl"] = mean_of(token_kl, mask)
         return total, metrics
 
-    return Algorithm(
-        name="llds",
-        config=config,
-        init=no_state,
-        plan=flat_plan,
-        credit=group_credit(config.ddof, config.eps, config.spread_tol),
-        loss=loss,
+    return group_method(
+        "llds",
+        config,
+        loss,
         weigh=weigh,
         needs=Needs(
             rescore=("ref_logp",) if config.beta else (),
             row_extras=("answer_mask",) if config.answer_weight != 1 else (),
             min_group=2,
         ),
-        couples="row",
     )

@@ -18,16 +18,7 @@ import jax.numpy as jnp
 
 from jaxrl_llm.advantages import group
 from jaxrl_llm.algorithms import Paper
-from jaxrl_llm.algorithms.base import (
-    Algorithm,
-    Needs,
-    check_clip,
-    clipped_metrics,
-    flat_plan,
-    group_credit,
-    no_state,
-    weigh_by,
-)
+from jaxrl_llm.algorithms.base import Algorithm, check_clip, clipped_metrics, group_method, weigh_by
 from jaxrl_llm.objectives import ratios, surrogates, weights
 from jaxrl_llm.types import Credit, Metrics, Rollouts, State, Views
 
@@ -64,14 +55,4 @@ def build(config: Config) -> Algorithm:
         policy = surrogates.clipped(ratio, credit.advantage, mask, config.clip_low, config.clip_high)
         return weights.weighted_sum(policy.loss, credit.weight), clipped_metrics(policy, ratio, mask, credit.weight)
 
-    return Algorithm(
-        name="luspo",
-        config=config,
-        init=no_state,
-        plan=flat_plan,
-        credit=group_credit(config.ddof, config.eps, config.spread_tol),
-        loss=loss,
-        weigh=weigh,
-        needs=Needs(min_group=2),
-        couples="row",
-    )
+    return group_method("luspo", config, loss, weigh=weigh)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from jaxrl_llm.advantages import group
 from jaxrl_llm.algorithms import Paper
-from jaxrl_llm.algorithms.base import Algorithm, Needs, expect, flat_plan, group_credit, no_state, weigh_by
+from jaxrl_llm.algorithms.base import Algorithm, expect, group_method
 from jaxrl_llm.objectives import ratios, weights
 from jaxrl_llm.types import Credit, Metrics, Rollouts, State, Views, mean_of
 
@@ -58,9 +58,6 @@ def gate_weight(ratio: Float[Array, "*B"], tau: float | Float[Array, "*B"]) -> F
 
 
 def build(config: Config) -> Algorithm:
-    def weigh(state: State, rows: Rollouts, credit: Credit) -> Credit:
-        return weigh_by(credit, weights.seq_mean_token_mean(rows.trained))
-
     def loss(state: State, views: Views, rows: Rollouts, credit: Credit) -> tuple[jax.Array, Metrics]:
         mask = rows.trained
         advantage = jnp.where(mask, credit.advantage, 0)
@@ -73,14 +70,4 @@ def build(config: Config) -> Algorithm:
             "gate/negative": mean_of(gate_weight(ratio, tau), mask & (advantage < 0)),
         }
 
-    return Algorithm(
-        name="sapo",
-        config=config,
-        init=no_state,
-        plan=flat_plan,
-        credit=group_credit(config.ddof, config.eps, config.spread_tol),
-        loss=loss,
-        weigh=weigh,
-        needs=Needs(min_group=2),
-        couples="row",
-    )
+    return group_method("sapo", config, loss)

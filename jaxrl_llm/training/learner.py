@@ -255,15 +255,12 @@ class Learner:
         nothing of the learner changes, and another thread may use it meanwhile.
         """
         settings, host, names = self.config.learner, layouts.host_rows(rows), self.alg.needs.loss
-        whole = settings.layout == "shared"
-        part = minibatches(rows, settings.minibatches, np.random.default_rng(0), whole)[0]
-        batch = jax.device_put((rows, credit, None), self._everywhere)
-        rows, credit, _ = self._take(*batch, part.index, part.block)
+        part, *_ = minibatches(rows, settings.minibatches, np.random.default_rng(0), settings.layout == "shared")
+        rows, credit, _ = self._take(*jax.device_put((rows, credit, None), self._everywhere), part.index, part.block)
         host = host.take(part.index, part.block)
         layout, (piece, *_), piece_of = self._arrange(rows, host, len(host.tokens))
         heat, read = self._heat(None), self._read(rows)
-        on = {label: np.True_ for label in self.labels}
-        state, on = jax.device_put((state, on), self._everywhere)
+        state, on = jax.device_put((state, dict.fromkeys(self.labels, np.True_)), self._everywhere)
         shape = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding))
         everywhere = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._everywhere))
         train = shape(replace(self.train, reference=None))

@@ -239,7 +239,7 @@ def collect(made: Parts, params: Params, plan: Plan, step: int) -> list[Row]:
 
 
 def compile_ahead(made: Parts, training: Training, state: State) -> Future[None] | None:
-    """Have the update compiled for the longest batch the first step may yield, while others things begin."""
+    """Have the update compiled for the longest batch the first step may yield, while other things begin."""
     alg, rollout = training.alg, made.config.rollout
     plan = alg.plan(state)
     prompts = made.prompts.longest(rollout.prompts)
