@@ -1,5 +1,6 @@
 """Shared settings of the tests: CPU, eight virtual devices, float64 on request, a compilation cache between runs."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -22,3 +23,11 @@ def x64():
     """Double precision inside the test; create arrays inside it too."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """Let go of a module's compiled programs: each holds memory maps, and a process may have 65,530 of them."""
+    yield
+    jax.clear_caches()
+    gc.collect()
