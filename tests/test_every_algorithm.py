@@ -34,6 +34,7 @@ VARIANTS = [
     ("dhpo", {"mix": "entropy", "entropy_scope": "batch"}),
     ("llds", {"gate": "response", "ratio": "sequence", "aggregation": "seq-mean-token-mean"}),
     ("llds", {"gate": "token", "denominator": "all", "beta": 0.01}),
+    ("epo", {"aggregation": "traj-turn-token", "turns": 2, "kind": "indicator"}),
     ("rloo", {"form": "reinforce", "whiten": True}),
     ("rloo", {"form": "token", "beta": 0.0}),
     ("reinforce_pp", {"baseline": True}),

@@ -6,8 +6,9 @@ tokens counts in a mean over rows is the explicit `count_empty` (specs differ, p
 
 from typing import Literal, get_args
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 AGGREGATIONS = get_args(Aggregation)
@@ -53,6 +54,20 @@ def seq_mean_token_sum(
 ) -> Float[Array, "B T"]:
     """Mean over rows of the sum over a row's trained tokens, over a constant. Dr.GRPO with divisor = T_max, 2503.20783."""
     return _float(mask) / divisor / _rows(mask, count_empty, rows)
+
+
+def mean_over_groups(mask: Bool[Array, "B T"], group: Int[Array, "B"], row_means: bool = False) -> Float[Array, "B T"]:
+    """Mean over groups of the mean over a group's trained tokens, or with `row_means` of its rows' token means.
+
+    Groups and rows without trained tokens are not counted; ids are arbitrary integers.
+    """
+    size = group.shape[0]
+    ids = jnp.unique(group, return_inverse=True, size=size)[1].reshape(group.shape)
+    votes = _float(mask)
+    if row_means:
+        votes = votes / jnp.maximum(votes.sum(-1, keepdims=True), 1)
+    total = jax.ops.segment_sum(votes.sum(-1), ids, size)
+    return votes / jnp.where(total > 0, total, 1)[ids][:, None] / jnp.maximum(jnp.sum(total > 0), 1)
 
 
 def aggregation(
