@@ -1,4 +1,4 @@
-"""JAX's persistent compilation cache for the commands: a second start finds its programs compiled.
+"""What a start spends on compiling: JAX's persistent cache, on for the commands, and options for programs that hardly run.
 
 JAX itself turns an entry that it cannot read or write into a warning and compiles; two processes may share a directory.
 """
@@ -50,6 +50,16 @@ def use(where: str | None) -> Path | None:
     elif "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return Path(chosen)
+
+
+def quickly() -> dict[str, bool | int]:
+    """`compiler_options` for what takes longer to compile than it will run: on a CPU, XLA's older emitters with few
+    optimizations compile in half the time, and what they make may run a fifth slower. Elsewhere, none."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return {}
+    return {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 1}
 
 
 def own() -> Path:

@@ -25,9 +25,23 @@ def x64():
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
+_compiled = 0
+
+
+def _count(event: str, duration: float, **kwargs) -> None:
+    global _compiled
+    _compiled += event == "/jax/core/compile/backend_compile_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+@pytest.fixture(autouse=True)
 def programs():
-    """Let go of a module's compiled programs: each holds memory maps, and a process may have 65,530 of them."""
+    """Let go of compiled programs now and then: each holds memory maps, and a process may have 65,530 of them."""
+    global _compiled
     yield
-    jax.clear_caches()
-    gc.collect()
+    if _compiled > 1000:
+        _compiled = 0
+        jax.clear_caches()
+        gc.collect()

@@ -12,6 +12,7 @@ from jaxrl_llm import algorithms
 from jaxrl_llm.algorithms.base import Plan, Selection
 from jaxrl_llm.benching import clocks
 from jaxrl_llm.benching.clocks import Peaks, Programs, Timed, spread, timed
+from jaxrl_llm.compile_cache import quickly
 from jaxrl_llm.models.spec import ModelSpec
 from jaxrl_llm.reporting.progress import Progress
 from jaxrl_llm.rollout.collectors import row_of
@@ -41,7 +42,7 @@ class Subject:
         learner = Learner(self.made.config, self.made.spec, self.alg, self.made.mesh)
         learner.init(self._params)
         self._params = None
-        return loop.Training(self.alg, learner, jax.jit(self.alg.credit))
+        return loop.Training(self.alg, learner, jax.jit(self.alg.credit, compiler_options=quickly()))
 
     @property
     def params(self) -> Params:

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_llm.algorithms.base import SamplerHook
+from jaxrl_llm.compile_cache import quickly
 from jaxrl_llm.models import decoder
 from jaxrl_llm.models.spec import ModelSpec
 from jaxrl_llm.rollout import decode
@@ -313,16 +314,15 @@ class Engine:
             "layers": [{k: PartitionSpec(*s[1:]) for k, s in layout["layers"].items()} for _ in range(spec.layers)],
         }
         weights = jax.tree.map(lambda s: NamedSharding(self.mesh, s), weights)
-        self._prepare = jax.jit(
-            counted(partial(decode.prepare, spec, settings.dtype), "prepare"), out_shardings=weights
-        )
+        quick = partial(jax.jit, compiler_options=quickly())
+        self._prepare = quick(counted(partial(decode.prepare, spec, settings.dtype), "prepare"), out_shardings=weights)
         self._prefill = jax.jit(counted(prefill, "prefill"), static_argnums=0, out_shardings=self._shard)
-        self._idle = jax.jit(counted(idle, "idle"), static_argnums=(0, 1, 2))
+        self._idle = quick(counted(idle, "idle"), static_argnums=(0, 1, 2))
         # Every process reads the whole log, so that all of them take the same decisions.
         out = (self._shard, self._everywhere, self._everywhere)
         self._decode = jax.jit(counted(decode_, "decode"), static_argnums=0, donate_argnums=8, out_shardings=out)
-        self._compact = jax.jit(counted(compact, "compact"), static_argnums=0)
-        self._keys = jax.jit(counted(item_keys, "item_keys"))
+        self._compact = quick(counted(compact, "compact"), static_argnums=0)
+        self._keys = quick(counted(item_keys, "item_keys"))
 
 
 class _Results:

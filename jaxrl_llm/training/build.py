@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrl_llm.algorithms.base import SamplerHook
+from jaxrl_llm.compile_cache import quickly
 from jaxrl_llm.config import Config
 from jaxrl_llm.models import decoder, hf
 from jaxrl_llm.models.spec import ModelSpec, from_hf
@@ -45,7 +46,7 @@ def model(config: Config, on: Mesh, words: Text) -> Model:
     spec = from_hf(keys)
     shapes = decoder.abstract(spec, dtype)
     layout = rules.shardings(decoder.logical_axes(spec), shapes, on)
-    init = jax.jit(lambda key: decoder.init(spec, key, dtype), out_shardings=layout)
+    init = jax.jit(lambda key: decoder.init(spec, key, dtype), out_shardings=layout, compiler_options=quickly())
     # Threefry would take three times as long to compile, most of the time to a first update.
     return Model(spec, init(jax.random.key(config.run.seed, impl="rbg")))
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxrl_llm.algorithms.base import Algorithm, Key, Report, keep
+from jaxrl_llm.compile_cache import quickly
 from jaxrl_llm.config import Config
 from jaxrl_llm.models import critic as critics
 from jaxrl_llm.models import decoder
@@ -114,8 +115,10 @@ class Learner:
 
         opt = {label: place(label, shape) for label, shape in jax.eval_shape(start, self.shapes).items()}
         self._placement = TrainState(grads, opt, *(everywhere,) * 3)
-        jit = partial(jax.jit, out_shardings=everywhere)
-        self._score = jit(partial(gradients.score, model), static_argnums=(0, 1), donate_argnums=3)
+        quick = partial(jax.jit, compiler_options=quickly())
+        jit = partial(quick, out_shardings=everywhere)
+        score = partial(gradients.score, model)
+        self._score = jax.jit(score, static_argnums=(0, 1), donate_argnums=3, out_shardings=everywhere)
         self._differentiate = jit(partial(gradients.differentiate, alg))
         self._weigh = jit(partial(gradients.weigh, alg, self.config.learner.importance))
         self._add = jit(gradients.add)
@@ -124,14 +127,14 @@ class Learner:
         pull, fused = partial(gradients.pull, model, alg), partial(gradients.fused, model, alg)
         self._pull = jax.jit(pull, static_argnums=0, donate_argnums=2, out_shardings=grads)
         self._fused = jax.jit(fused, static_argnums=0, donate_argnums=2, out_shardings=(grads, everywhere))
-        self._zeros = jax.jit(partial(gradients.zeros, self.shapes), out_shardings=grads)
-        self._start_optimizers = jax.jit(start, out_shardings=opt)
-        self._apply = jax.jit(
+        self._zeros = quick(partial(gradients.zeros, self.shapes), out_shardings=grads)
+        self._start_optimizers = quick(start, out_shardings=opt)
+        self._apply = quick(
             partial(updates.apply, self._optimizers, rates),
             donate_argnums=0,
             out_shardings=(self._placement, everywhere, everywhere),
         )
-        self._copy = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=grads[POLICY])
+        self._copy = quick(partial(jax.tree.map, jnp.copy), out_shardings=grads[POLICY])
 
     def init(self, policy: Params, critic: Params | None = None) -> None:
         """Begin from these parameters; they are the learner's from here on, as updates donate them.

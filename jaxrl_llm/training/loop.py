@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxrl_llm import algorithms
 from jaxrl_llm.algorithms.base import Algorithm, Plan, Selection
+from jaxrl_llm.compile_cache import quickly
 from jaxrl_llm.config import Config
 from jaxrl_llm.reporting import samples
 from jaxrl_llm.reporting.progress import Progress
@@ -91,7 +92,7 @@ def _run(made: Parts, params: Params, run: RunDir, stop: Stop, progress: Progres
             params = warm
         learner = Learner(config, made.spec, alg, made.mesh)
         learner.init(params)
-        training = Training(alg, learner, jax.jit(alg.credit), on_rows=on_rows)
+        training = Training(alg, learner, jax.jit(alg.credit, compiler_options=quickly()), on_rows=on_rows)
         training.ahead = compile_ahead(made, training, state)
         if fresh:
             writers = Writers(run.path)
