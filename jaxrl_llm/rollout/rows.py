@@ -29,7 +29,7 @@ class Request(NamedTuple):
     n: Sequence[int]
     temperature: float | None = None  # None: the plan's
     max_new: int | None = None  # None: the config's
-    policy: str = "policy"
+    policy: str = "policy"  # or "ref": who samples
 
 
 class Score(NamedTuple):

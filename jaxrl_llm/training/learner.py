@@ -166,6 +166,19 @@ class Learner:
         """How many numbers the policy has."""
         return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.shapes[POLICY]))
 
+    def policy(self, name: str) -> Params:
+        """Parameters of a policy by name, on the devices: "policy" (as it is now) or "ref".
+
+        Raises ValueError for a policy that is not kept.
+        """
+        if name == "policy":
+            return self.train.params[POLICY]
+        if name != "ref":
+            raise ValueError(f"policy={name!r}: expected 'policy' or 'ref'")
+        if self.train.reference is None:
+            raise ValueError("reference.mode=none: the reference policy is asked for, expected resident or host")
+        return jax.device_put(self.train.reference, self.shardings[POLICY])
+
     # ------------------------------------------------------------------------------------------------ the three verbs
 
     def views(
@@ -183,17 +196,11 @@ class Learner:
           temperature: of "tempered_logp".
         Raises ValueError for a policy that is not kept, or "tempered_logp" without its temperature.
         """
-        if policy not in ("policy", "ref"):
-            raise ValueError(f"policy={policy!r}: expected 'policy' or 'ref'")
-        if policy == "ref" and self.train.reference is None:
-            raise ValueError("reference.mode=none: views of the reference are asked for, expected resident or host")
+        params = self.train.params if policy == "policy" else {POLICY: self.policy(policy)}
         if "tempered_logp" in names and temperature is None:
             raise ValueError("views: 'tempered_logp' needs a temperature")
         at_once = -(-len(rows.tokens) // self.config.learner.minibatches)
         layout, pieces, _ = self._arrange(rows, layouts.host_rows(rows), at_once)
-        params = self.train.params
-        if policy == "ref":
-            params = {POLICY: jax.device_put(self.train.reference, self.shardings[POLICY])}
         with jax.set_mesh(self.mesh):
             return self._views(params, layout, pieces, rows, names, self._heat(temperature))
 

@@ -166,7 +166,7 @@ def step(
 
     progress.activity("collect")
     with timer.phase("collect"):
-        rows = collect(made, learner.train.params["policy"], plan, at.step)
+        rows = collect(made, learner.policy, plan, at.step)
         if training.on_rows:
             training.on_rows(at.step, rows)
         sampled = batch_of(made, alg, plan, rows)
@@ -206,8 +206,8 @@ def step(
     return numbers, lambda: samples.from_rows(rows, np.asarray(credit.advantage), _shown(made), plan.group_size)
 
 
-def collect(made: Parts, params: Params, plan: Plan, step: int) -> list[Row]:
-    """Rows of a step: prompts drawn, completions sampled, rewards given."""
+def collect(made: Parts, policy: Callable[[str], Params], plan: Plan, step: int) -> list[Row]:
+    """Rows of a step: prompts drawn, completions sampled by the policies asked for (by name), rewards given."""
     config, timer = made.config, made.timer
     sampled = 0
 
@@ -216,7 +216,7 @@ def collect(made: Parts, params: Params, plan: Plan, step: int) -> list[Row]:
         first, sampled = sampled, sampled + sum(ask.n)
         temperature = plan.temperature if ask.temperature is None else ask.temperature
         with timer.phase("generate"):
-            return made.engine(params, step, plan.hook).generate(
+            return made.engine(policy(ask.policy), step, plan.hook).generate(
                 ask.contexts,
                 ask.n,
                 seed=config.run.seed,
