@@ -13,26 +13,25 @@ online ones do not). `beta` may be a list, one for each epoch with the last one 
 epoch is `epoch_steps` RL steps; when `drop_ties` leaves fewer pairs, padding fills the batch.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_llm import pairs
 from jaxrl_llm.algorithms import Paper
 from jaxrl_llm.algorithms.base import (
     Algorithm,
     Needs,
     Report,
-    Selection,
     ViewsFn,
     expect,
     expect_one_of,
     flat_plan,
-    weigh_by,
 )
 from jaxrl_llm.objectives import preference
-from jaxrl_llm.types import Credit, Memory, Metrics, Rollouts, State, Views, mean_of, take_rows
+from jaxrl_llm.types import Credit, Memory, Metrics, Rollouts, State, Views
 
 PAPER = Paper(
     title="Direct Preference Optimization, with IPO, SLiC and online pairs",
@@ -73,12 +72,6 @@ class Config:
         return (self.beta,) if isinstance(self.beta, float | int) else tuple(self.beta)
 
 
-def pair_slots(group: np.ndarray, exists: np.ndarray, pairing: preference.Pairing) -> int:
-    """Most pairs the groups can give: a size that does not depend on rewards, so nothing recompiles."""
-    sizes = np.unique(group[exists], return_counts=True)[1]
-    return int(np.sum(sizes * (sizes - 1) // 2 if pairing == "all" else sizes > 0))
-
-
 def build(config: Config) -> Algorithm:
     length_norm = config.loss == "ipo" if config.length_norm is None else config.length_norm
     betas, epoch_steps = config.betas, config.epoch_steps or 1
@@ -92,42 +85,22 @@ def build(config: Config) -> Algorithm:
         return jnp.asarray(betas)[jnp.minimum(state["step"] // epoch_steps, len(betas) - 1)]
 
     def credit(state: State, rows: Rollouts, key: jax.Array) -> Credit:
-        reward = rows.score - config.missing_eos_penalty * rows.truncated
-        none = jnp.zeros(rows.length.shape, reward.dtype)  # no row is in a pair yet
-        return Credit(jnp.zeros_like(rows.old_logp), score=reward, extras={"role": none})
+        return pairs.unpaired(rows, rows.score - config.missing_eos_penalty * rows.truncated)
 
-    def select(state: State, memory: Memory, rows: Rollouts, credit: Credit, key: jax.Array) -> Selection:
-        group, exists = np.asarray(rows.group), np.asarray(rows.stat)
-        pairs = preference.reward_pairs(
-            np.asarray(credit.score), group, np.asarray(rows.counted), config.pairing, config.drop_ties
-        )
-        index = np.full((pair_slots(group, exists, config.pairing), 2), -1)
-        index[: len(pairs[0])] = np.stack(pairs, 1)
-        rows, credit = take_rows(rows, credit, jnp.asarray(index.ravel()))
-        role = jnp.where(index >= 0, np.array([1, -1]), 0).ravel().astype(credit.advantage.dtype)
-        credit = Credit(jnp.where(rows.trained, role[:, None], 0), score=credit.score, extras={"role": role})
-        return Selection(rows.with_(block=jnp.arange(index.size, dtype=jnp.int32) // 2), credit, memory)
+    def pairs_of(score: np.ndarray, rows: Rollouts) -> pairs.Pairs:
+        group, counted = np.asarray(rows.group), np.asarray(rows.counted)
+        return preference.reward_pairs(score, group, counted, config.pairing, config.drop_ties)
 
-    def weigh(state: State, rows: Rollouts, credit: Credit) -> Credit:
-        role = credit.extras["role"]
-        pairs = jnp.maximum(jnp.sum(role > 0), 1).astype(role.dtype)
-        weighed = weigh_by(credit, jnp.where(rows.trained & (role != 0)[:, None], 1 / pairs, 0))
-        # A pair counts even when a row of it trains no token, so its share is kept apart from the token weights.
-        return replace(weighed, extras={**credit.extras, "share": jnp.where(role > 0, 1 / pairs, 0)})
+    def slots(rows: Rollouts) -> int:
+        return pairs.most(rows, lambda n: n * (n - 1) // 2 if config.pairing == "all" else 1)
 
     def loss(state: State, views: Views, rows: Rollouts, credit: Credit) -> tuple[jax.Array, Metrics]:
         ref_logp = None if config.reference_free else rows.extras["ref_logp"]
-        role, share, beta = credit.extras["role"], credit.extras["share"], beta_at(state)
+        role, beta = credit.extras["role"], beta_at(state)
         score = preference.sequence_score(views.logp, ref_logp, rows.trained, length_norm)
         difference = preference.pair_difference(score, role, rows.block)
         each = preference.pair_loss(difference, config.loss, beta, config.label_smoothing)
-        reward = beta * score
-        return jnp.sum(jnp.where(share > 0, share * each, 0)), {
-            "rewards/accuracy": mean_of(difference > 0, role > 0),
-            "rewards/margin": mean_of(beta * difference, role > 0),
-            "rewards/chosen": mean_of(reward, role > 0),
-            "rewards/rejected": mean_of(reward, role < 0),
-        }
+        return pairs.weighted(each, credit), pairs.metrics(beta * score, beta * difference, role)
 
     def observe(
         state: State, memory: Memory, rows: Rollouts, credit: Credit, report: Report, views: ViewsFn
@@ -141,8 +114,8 @@ def build(config: Config) -> Algorithm:
         plan=flat_plan,
         credit=credit,
         loss=loss,
-        weigh=weigh,
-        select=select,
+        weigh=pairs.mean_over_pairs,
+        select=pairs.selecting(pairs_of, slots),
         observe=observe,
         couples="block",
         needs=Needs(rescore=() if config.reference_free else ("ref_logp",), importance=False, min_group=2),

@@ -1,6 +1,7 @@
 """Losses on pairs of completions and the pairs themselves. DPO, arXiv 2305.18290, with the IPO, SLiC and cDPO losses."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import jax
@@ -43,7 +44,7 @@ def pair_loss(
     if kind == "robust":
         return (-(1 - smoothing) * win + smoothing * lose) / (1 - 2 * smoothing)
     if kind == "hinge":
-        return jnp.maximum(0, 1 - margin)
+        return jax.nn.relu(1 - margin)  # at the kink the gradient is 0
     if kind == "ipo":
         return (difference - 1 / (2 * beta)) ** 2
     raise ValueError(f"loss={kind!r}: expected one of {', '.join(get_args(PairLoss))}")
@@ -75,3 +76,57 @@ def reward_pairs(
                 pairs.append((best, worst))
     chosen, rejected = np.array(pairs, np.int64).reshape(-1, 2).T
     return chosen, rejected
+
+
+def round_pairs(
+    reward: Sequence[float] | np.ndarray, order: Sequence[int], tournament: bool = False
+) -> list[tuple[int, int]]:
+    """(winner, loser) of rows meeting two by two in this order; the larger reward wins, the first on ties. On the host.
+
+    With `tournament` the winners meet again until one is left: len(order) - 1 pairs; an odd one out passes to the next round.
+    RSO, arXiv 2309.06657.
+    """
+    pairs: list[tuple[int, int]] = []
+    left = list(order)
+    while len(left) > 1:
+        met = [(a, b) if reward[a] >= reward[b] else (b, a) for a, b in zip(left[::2], left[1::2])]
+        pairs += met
+        left = [winner for winner, _ in met] + left[len(left) // 2 * 2 :]
+        if not tournament:
+            break
+    return pairs
+
+
+def rejection_sample(reward: Sequence[float], num: int, beta: float, uniforms: Iterator[float]) -> list[int]:
+    """`num` of the candidates that follow pi proportional to pi_0 exp(reward / beta) when they were drawn from pi_0.
+
+    Statistical rejection sampling, RSO, arXiv 2309.06657, algorithm 1: candidates are passed in order, each accepted with
+    probability exp((reward - M) / beta), M being the largest reward left at the beginning of the pass. beta = 0 takes the best
+    ones, a large beta the first ones.
+
+    Args:
+      reward: of different candidates (repeats would be accepted twice).
+      uniforms: random numbers in [0, 1), one for each candidate looked at.
+    Returns: indices in the order of acceptance. Raises ValueError when there are fewer than `num` candidates.
+    """
+    if num > len(reward):
+        raise ValueError(f"num={num}: expected at most the {len(reward)} different candidates")
+    left, accepted = list(range(len(reward))), []
+    while len(accepted) < num:
+        best, taken = max(reward[c] for c in left), set()
+        for c in left:
+            short = reward[c] - best  # 0 for the best
+            chance = math.exp(short / beta) if beta > 0 else float(short == 0)
+            if next(uniforms) < chance:
+                accepted.append(c)
+                taken.add(c)
+                if len(accepted) == num:
+                    break
+        left = [c for c in left if c not in taken]
+    return accepted
+
+
+def pairwise_reward(preference: Float[Array, "n"]) -> Float[Array, "n"]:
+    """The reward a pairwise model gives against a fixed baseline completion: logit of P(completion > baseline). RSO."""
+    preference = jnp.asarray(preference)
+    return jnp.log(preference) - jnp.log1p(-preference)
