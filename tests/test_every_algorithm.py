@@ -39,6 +39,7 @@ VARIANTS = [
     ("rloo", {"form": "token", "beta": 0.0}),
     ("reinforce_pp", {"baseline": True}),
     ("ppo", {"kl_target": 0.1, "gamma": 0.9}),
+    ("rso", {"loss": "hinge", "pairing": "tournament"}),
     ("r2vpo", {"center": True}),
     ("r2vpo", {"replay": 1.0, "drop_zero_advantage": True, "aggregation": "seq-mean-token-mean"}),
 ]
