@@ -8,6 +8,7 @@ from arrays import credit_of, loss_and_grad, rollouts
 
 from jaxrl_llm import algorithms
 from jaxrl_llm.algorithms import llds
+from jaxrl_llm.objectives import ratios
 from jaxrl_llm.objectives.weights import weighted_sum
 
 MASK = np.array([[1, 1, 0, 1, 1], [1, 1, 0, 1, 0], [1, 0, 1, 1, 1]], bool)
@@ -38,8 +39,8 @@ def penalty(**fields):
     return jax.value_and_grad(value)(jnp.asarray(OLD + CHANGE))
 
 
-def test_an_action_is_a_run_of_trained_tokens():
-    np.testing.assert_array_equal(llds.actions(MASK), [[1, 1, 0, 2, 2], [1, 1, 0, 2, 0], [1, 0, 2, 2, 2]])
+def test_a_turn_is_a_run_of_trained_tokens():
+    np.testing.assert_array_equal(ratios.turns(MASK), [[1, 1, 0, 2, 2], [1, 1, 0, 2, 0], [1, 0, 2, 2, 2]])
 
 
 @pytest.mark.parametrize(

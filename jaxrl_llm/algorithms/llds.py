@@ -20,7 +20,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from jaxrl_llm.advantages import group
 from jaxrl_llm.algorithms import Paper
@@ -74,23 +74,13 @@ class Config:
         expect(self.beta >= 0, "beta", self.beta, "at least 0")
 
 
-def actions(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """The number of the action a trained token belongs to, from 1 in every row; 0 elsewhere."""
-    before = jnp.pad(mask[:, :-1], ((0, 0), (1, 0)))
-    return jnp.where(mask, jnp.cumsum(mask & ~before, -1, dtype=jnp.int32), 0)
-
-
 def gates(fall: Float[Array, "B T"], mask: Bool[Array, "B T"], gate: Gate) -> Bool[Array, "B T"]:
     """Which tokens are held: those of an action or completion whose likelihood fell, or all."""
     if gate == "token":
         return mask
-    fall = jnp.where(mask, fall, 0)
     if gate == "response":
-        return mask & (jnp.sum(fall, -1, keepdims=True) > 0)
-    b, t = mask.shape
-    ids = actions(mask) + (t + 1) * jnp.arange(b)[:, None]
-    total = jax.ops.segment_sum(fall.reshape(-1), ids.reshape(-1), b * (t + 1))[ids]
-    return mask & (total > 0)
+        return mask & (jnp.sum(jnp.where(mask, fall, 0), -1, keepdims=True) > 0)
+    return mask & (ratios.over_turns(fall, mask) > 0)
 
 
 def displacement(

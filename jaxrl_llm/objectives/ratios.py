@@ -3,7 +3,7 @@ ratio is 1 (log ratio 0), in value and gradient."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 
 def log_ratio(
@@ -19,6 +19,11 @@ def token(
 ) -> Float[Array, "B T"]:
     """r_t = pi(token) / pi_old(token). PPO, arXiv 1707.06347."""
     return jnp.exp(log_ratio(logp, old_logp, mask, limit))
+
+
+def on_policy(logp: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+    """pi / sg(pi): 1, with the gradient of logp; where the policy that wrote the token is the current one, or unknown."""
+    return token(logp, jax.lax.stop_gradient(logp), mask)
 
 
 def sequence(logp: Float[Array, "B T"], old_logp: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B 1"]:
@@ -46,3 +51,23 @@ def product(logp: Float[Array, "B T"], old_logp: Float[Array, "B T"], mask: Bool
     Not clamped: infinite in float32 when log rho exceeds 88, with a gradient that is not finite.
     """
     return jnp.exp(jnp.sum(log_ratio(logp, old_logp, mask), -1, keepdims=True))
+
+
+def turns(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """The number of the turn a trained token belongs to, from 1 in every row; 0 elsewhere. A turn is a run of trained tokens:
+    tool output ends one."""
+    before = jnp.pad(mask[:, :-1], ((0, 0), (1, 0)))
+    return jnp.where(mask, jnp.cumsum(mask & ~before, -1, dtype=jnp.int32), 0)
+
+
+def over_turns(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+    """Sum of `x` over the tokens of each token's turn; 0 where masked."""
+    b, t = mask.shape
+    ids = turns(mask) + (t + 1) * jnp.arange(b)[:, None]
+    total = jax.ops.segment_sum(jnp.where(mask, x, 0).reshape(-1), ids.reshape(-1), b * (t + 1))
+    return jnp.where(mask, total[ids], 0)
+
+
+def turn(logp: Float[Array, "B T"], old_logp: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+    """The product of a turn's token ratios, on each of its tokens. LOOP, arXiv 2502.01600."""
+    return jnp.exp(over_turns(log_ratio(logp, old_logp, mask), mask))
