@@ -49,7 +49,8 @@ class Rollouts:
     source: Int[Array, "B"]  # CURRENT, REFERENCE, GIVEN or REPLAY
     block: Int[Array, "B"]  # rows that one loss term couples (a pair); = row index when rows are independent
     extras: dict[str, Array] = field(default_factory=dict)
-    # extras holds rescored views named "<policy>_<view>" ("ref_logp", "old_entropy", "old_values", "old_tempered_logp")
+    # extras holds rescored views named "<policy>_<view>" ("ref_logp", "old_entropy", "old_values", "old_tempered_logp";
+    # "old_prompt_logp" [B, L] is that of each context token given those before it, 0 for the first)
     # and row data a method asked for in `Needs.row_extras` ("prompt_id", "traj", "step_index", "anchor_id", ...).
 
     @property
@@ -143,6 +144,32 @@ def rollouts_of(
         extras={name: jnp.asarray(x) for name, x in (extras or {}).items()},
     )
 
+
+
+def contexts(rows: Rollouts) -> Rollouts:
+    """The contexts as completions, to be scored: P rows of L tokens, each a context after its first token, given that."""
+    p, l = rows.prompt_tokens.shape
+    own, yes, zeros = jnp.arange(p, dtype=jnp.int32), jnp.ones(p, bool), jnp.zeros((p, l), rows.old_logp.dtype)
+    length = jnp.asarray(rows.prompt_length) - 1
+    return Rollouts(
+        prompt_tokens=rows.prompt_tokens[:, :1],
+        prompt_length=jnp.ones(p, jnp.int32),
+        prompt=own,
+        group=own,
+        row_id=own,
+        tokens=jnp.pad(jnp.asarray(rows.prompt_tokens)[:, 1:], ((0, 0), (0, 1))),
+        length=length,
+        mask=jnp.arange(l) < length[:, None],
+        stat=yes,
+        scored=yes,
+        reward=zeros[:, :1],
+        truncated=~yes,
+        version=zeros.astype(jnp.int32),
+        sampler_logp=zeros,
+        old_logp=zeros,
+        source=jnp.full(p, GIVEN, jnp.int32),
+        block=own,
+    )
 
 def take(rows: Rollouts, index: Int[Array, "n"]) -> Rollouts:
     """Rows by index, in that order and repeatable; -1 makes a padding row.

@@ -64,6 +64,8 @@ def rollouts(seed: int, needs: Any) -> Rollouts:
     extras = {name: rescored(name) for name in needs.rescore} | {name: row_extras[name] for name in needs.row_extras}
     rows = Rollouts(
         prompt_tokens=rng.integers(0, 9, (7, L)),
+        if view == "prompt_logp":
+            return -rng.exponential(size=(len(PROMPT), L))[[PROMPT[g] for g in group]]
         prompt_length=rng.integers(1, L + 1, 7),
         prompt=np.array([PROMPT[g] for g in group]),
         group=group,

@@ -101,7 +101,11 @@ def case(index: int) -> Case:
     alg = algorithms.make(METHODS[index][0], **METHODS[index][1])
     rows = jax.tree.map(jnp.asarray, nasty.rollouts(0, alg.needs))
     old, ref = near(alg, rows, 1), near(alg, rows, 2)
-    rescored = {name: (ref if name.startswith("ref_") else old)[name.split("_", 1)[1]] for name in alg.needs.rescore}
+    rescored = {
+        name: (ref if name.startswith("ref_") else old)[name.split("_", 1)[1]]
+        for name in alg.needs.rescore
+        if not name.endswith("prompt_logp")
+    }
     if alg.needs.scorer == "causal":
         rows = rows.with_(old_logp=old["logp"])
     rows = rows.with_(extras=rescored)

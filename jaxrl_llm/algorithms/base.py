@@ -26,7 +26,7 @@ class Needs(NamedTuple):
     loss: tuple[str, ...] = ("logp",)  # views of the current policy that the loss differentiates
     rescore: tuple[
         str, ...
-    ] = ()  # "<policy>_<view>" stored in Rollouts.extras before credit: "ref_logp", "old_entropy"
+    ] = ()  # "<policy>_<view>" stored in Rollouts.extras before credit: "ref_logp", "old_entropy", "old_prompt_logp"
     row_extras: tuple[str, ...] = ()  # row data the collector must supply: "prompt_id", "traj", "anchor_id", ...
     critic: bool = False  # a value model is a second trainable; loss view "values" comes from it
     reference: bool = False  # a frozen copy of the initial policy is kept (implied by any "ref_*" view)

@@ -31,7 +31,7 @@ from jaxrl_llm.training.learner import Learner, NoGradientError, NonFiniteError
 from jaxrl_llm.training.parts import Parts
 from jaxrl_llm.training.rundir import RunDir, claim
 from jaxrl_llm.training.signals import Stop, stopping
-from jaxrl_llm.types import Memory, Params, Rollouts, State
+from jaxrl_llm.types import Memory, Params, Rollouts, State, contexts
 
 OnRows = Callable[[int, Sequence[Row]], None]
 
@@ -273,12 +273,16 @@ def rescore(learner: Learner, alg: Algorithm, plan: Plan, batch: Rollouts, old_l
     seen = {}
     for policy, names in asked.items():
         if names:
-            of = "policy" if policy == "old" else policy
             views = learner.views(batch, tuple(names), of, plan.score_temperature)
             said = {**vars(views), **views.extras}  # plug-in scorers name their views themselves
             seen |= {f"{policy}_{name}": said[name] for name in names}
     if old_logp:
         batch = batch.with_(old_logp=seen.pop("old_logp"))
+        of = "policy" if policy == "old" else policy
+        if "prompt_logp" in names:
+            names.remove("prompt_logp")
+            next_token = learner.views(contexts(batch), ("logp",), of).logp
+            seen[f"{policy}_prompt_logp"] = jnp.pad(next_token[:, :-1], ((0, 0), (1, 0)))[batch.prompt]
     return batch.with_(extras=seen)
 
 
