@@ -38,6 +38,7 @@ VARIANTS = [
     ("rloo", {"form": "reinforce", "whiten": True}),
     ("rloo", {"form": "token", "beta": 0.0}),
     ("reinforce_pp", {"baseline": True}),
+    ("progrpo", {"rule": "mixed"}),
     ("ppo", {"kl_target": 0.1, "gamma": 0.9}),
     ("rso", {"loss": "hinge", "pairing": "tournament"}),
     ("r2vpo", {"center": True}),
@@ -285,15 +286,16 @@ def test_padding_rows_change_nothing(case):
 
 
 def test_the_same_prompt_twice_stays_two_groups(case):
-    apart = case.rows.with_(prompt=np.arange(nasty.ROWS, dtype=np.int32) % 7)
-    together = case.rows.with_(prompt=np.zeros_like(case.rows.prompt))
+    rows = case.rows.with_(prompt_length=np.full_like(case.rows.prompt_length, nasty.L))
+    apart = rows.with_(prompt=np.arange(nasty.ROWS, dtype=np.int32) % 7)
+    together = rows.with_(prompt=np.zeros_like(rows.prompt))
     assert_identical(case.run.credit(apart).advantage, case.run.credit(together).advantage)
 
 
 def test_one_alone_has_no_advantage(case):
     """Where the config warns of it (`Needs.min_group`), but for what specifications add: agents' episodes keep their raw
-    score, a correct completion has dcpo's bonus."""
-    if case.alg.needs.min_group == 1 or case.name in ("gigpo", "seeupo", "dcpo"):
+    score, a correct completion has the bonus of dcpo and progrpo, an agent's step that of empg."""
+    if case.alg.needs.min_group == 1 or case.name in ("gigpo", "seeupo", "dcpo", "progrpo", "empg"):
         pytest.skip("its specification gives one alone an advantage")
     alone = case.rows.with_(group=np.arange(nasty.ROWS, dtype=np.int32))
     assert zero(case.run.credit(alone).advantage)
