@@ -20,7 +20,10 @@ from jaxrl_llm import algorithms
 from jaxrl_llm.algorithms import Algorithm
 from jaxrl_llm.types import REPLAY, Credit, Metrics, Rollouts, Views, merge_metrics, metric_value
 
-REQUIRED = {"s_grpo": {"marker": (5,), "inducer": (6, 5)}}  # fields without a usable default
+REQUIRED = {  # fields without a usable default
+    "s_grpo": {"marker": (5,), "inducer": (6, 5)},
+    "riskpo": {"bundle": 2},  # of five prompts one has a single answer, so bundles of five have one sample
+}
 VARIANTS = [
     ("grpo", {"scale": "none", "aggregation": "seq-mean-token-sum-norm", "count_empty": True}),  # Dr.GRPO
     ("grpo", {"clip_high": 0.28, "aggregation": "token-mean", "overlong_filter": True}),  # DAPO
@@ -35,6 +38,8 @@ VARIANTS = [
     ("llds", {"gate": "response", "ratio": "sequence", "aggregation": "seq-mean-token-mean"}),
     ("llds", {"gate": "token", "denominator": "all", "beta": 0.01}),
     ("epo", {"aggregation": "traj-turn-token", "turns": 2, "kind": "indicator"}),
+    ("riskpo", {"bundle": 2, "credit": "std", "level": "sequence", "natural_baseline": False}),
+    ("riskpo", {"bundle": 2, "credit": "sum-mean", "weighting": "paper"}),
     ("rloo", {"form": "reinforce", "whiten": True}),
     ("rloo", {"form": "token", "beta": 0.0}),
     ("reinforce_pp", {"baseline": True}),
