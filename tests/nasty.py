@@ -57,6 +57,8 @@ def rollouts(seed: int, needs: Any) -> Rollouts:
 
     def rescored(name: str) -> np.ndarray:
         view = name.split("_", 1)[1]
+        if view == "prompt_logp":
+            return -rng.exponential(size=(len(PROMPT), L))[[PROMPT[g] for g in group]]
         if view in ("logp", "tempered_logp"):
             return old_logp + 0.5 * rng.normal(size=(ROWS, T))
         return rng.uniform(0.1, 2, (ROWS, T)) if view == "entropy" else rng.normal(size=(ROWS, T))
@@ -64,8 +66,6 @@ def rollouts(seed: int, needs: Any) -> Rollouts:
     extras = {name: rescored(name) for name in needs.rescore} | {name: row_extras[name] for name in needs.row_extras}
     rows = Rollouts(
         prompt_tokens=rng.integers(0, 9, (7, L)),
-        if view == "prompt_logp":
-            return -rng.exponential(size=(len(PROMPT), L))[[PROMPT[g] for g in group]]
         prompt_length=rng.integers(1, L + 1, 7),
         prompt=np.array([PROMPT[g] for g in group]),
         group=group,

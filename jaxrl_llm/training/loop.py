@@ -272,17 +272,17 @@ def rescore(learner: Learner, alg: Algorithm, plan: Plan, batch: Rollouts, old_l
         asked.setdefault(policy, []).append(view)
     seen = {}
     for policy, names in asked.items():
+        of = "policy" if policy == "old" else policy
+        if "prompt_logp" in names:
+            names.remove("prompt_logp")
+            next_token = learner.views(contexts(batch), ("logp",), of).logp
+            seen[f"{policy}_prompt_logp"] = jnp.pad(next_token[:, :-1], ((0, 0), (1, 0)))[batch.prompt]
         if names:
             views = learner.views(batch, tuple(names), of, plan.score_temperature)
             said = {**vars(views), **views.extras}  # plug-in scorers name their views themselves
             seen |= {f"{policy}_{name}": said[name] for name in names}
     if old_logp:
         batch = batch.with_(old_logp=seen.pop("old_logp"))
-        of = "policy" if policy == "old" else policy
-        if "prompt_logp" in names:
-            names.remove("prompt_logp")
-            next_token = learner.views(contexts(batch), ("logp",), of).logp
-            seen[f"{policy}_prompt_logp"] = jnp.pad(next_token[:, :-1], ((0, 0), (1, 0)))[batch.prompt]
     return batch.with_(extras=seen)
 
 
