@@ -95,17 +95,28 @@ def choose(
     completion: int,
     group_size: int = 1,
     shards: int = 1,
+    most: int | None = None,
 ) -> Layout:
     """The layout of minibatches of `rows` rows of any lengths; `fit` finds a smaller one for given rows.
 
     microbatch_rows: rows executed together; 0: all of them (packed: sequences executed together; 0: a quarter of the
-      rows, since how many sequences packing needs is known only with the data).
+      rows, since how many sequences packing needs is known only with the data), or `most`.
     shards: the number of sequences is a multiple of it (devices the batch is split over).
     """
-    at_once = microbatch_rows or (-(-rows // 4) if name == "packed" else rows)
+    natural = -(-rows // 4) if name == "packed" else rows
+    at_once = microbatch_rows or min(natural, most or natural)
     slots = max(1, min(group_size, at_once)) if name == "shared" else 1
     sequences = -(-at_once // slots)
     return Layout(name, -(-sequences // shards) * shards, context, completion, slots)
+
+
+def most_rows(completion: int, couples: str, platform: str) -> int | None:
+    """How many rows are worth executing together; None: as many as there are.
+
+    On a CPU more than about 2,048 completion tokens are no faster and only take memory. A loss that couples rows keeps
+    them together all the same, as rows that are apart cost it another forward pass.
+    """
+    return max(2048 // completion, 1) if platform == "cpu" and couples == "row" else None
 
 
 def fit(layout: Layout, rows: HostRows, shards: int = 1) -> Layout:
