@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm.types import Rollouts, Views
+from jaxrl_llm.types import CURRENT, REFERENCE, Rollouts, Views
 
 T, L, R = 5, 3, 2
 GROUPS = {40: 4, 7: 3, 3: 3, 12: 1, 9: 2, 21: 8, 30: 1, 31: 1, -1: 1}  # id -> rows; a negative id is padding
@@ -80,7 +80,7 @@ def rollouts(seed: int, needs: Any) -> Rollouts:
         version=np.zeros((ROWS, T), int),
         sampler_logp=old_logp + 0.01 * rng.normal(size=(ROWS, T)),
         old_logp=old_logp,
-        source=np.zeros(ROWS, int),
+        source=np.where(nth % 2 == 1, REFERENCE, CURRENT),
         block=np.arange(ROWS),
         extras=extras,
     )

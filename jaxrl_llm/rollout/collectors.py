@@ -13,6 +13,7 @@ import numpy as np
 from jaxrl_llm.algorithms.base import Collector, Plan
 from jaxrl_llm.rollout.rows import STOP_LENGTH, Completion, Draw, Request, Row, Score
 from jaxrl_llm.tasks.base import Prompt
+from jaxrl_llm.types import REFERENCE
 
 Rows = Generator[Any, Any, list[Row]]
 
@@ -44,6 +45,18 @@ def sample_groups(prompts: Sequence[Prompt], size: int, first_group: int = 0, **
 def flat(plan: Plan, prompts: Sequence[Prompt]) -> Rows:
     """`plan.group_size` completions of every prompt."""
     return (yield from sample_groups(prompts, plan.group_size))
+
+
+def against_reference(plan: Plan, prompts: Sequence[Prompt]) -> Rows:
+    """One completion of every prompt by the policy and one by the reference, in this order; XPO, arXiv 2405.21046."""
+    contexts, once = [p.tokens for p in prompts], [1] * len(prompts)
+    own = yield Request(contexts, once)
+    reference = yield Request(contexts, once, policy="ref")
+    rows = [row_of(p, c, g) for g, (p, *cs) in enumerate(zip(prompts, *zip(*own), *zip(*reference))) for c in cs]
+    for row in rows[1::2]:
+        row.source = REFERENCE
+    yield Score(rows)
+    return rows
 
 
 def dynamic(max_draws: int) -> Collector:
