@@ -46,6 +46,7 @@ def rollouts(seed: int, needs: Any) -> Rollouts:
         "traj": traj,
         "turn": nth % 2,
         "step_index": nth % 2,
+        "step": np.tile(np.arange(T) // 2, (ROWS, 1)),
         "anchor_id": group * 10 + rng.integers(0, 2, ROWS),
         "step_reward": rng.normal(size=ROWS),
         "invalid": (rng.random(ROWS) < 0.2).astype(float),

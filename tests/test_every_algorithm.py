@@ -38,6 +38,8 @@ VARIANTS = [
     ("llds", {"gate": "response", "ratio": "sequence", "aggregation": "seq-mean-token-mean"}),
     ("llds", {"gate": "token", "denominator": "all", "beta": 0.01}),
     ("epo", {"aggregation": "traj-turn-token", "turns": 2, "kind": "indicator"}),
+    ("empg", {"steps": "given", "aggregation": "seq-mean-token-mean"}),
+    ("empg", {"steps": "rows", "k_f": 2.0}),
     ("riskpo", {"bundle": 2, "credit": "std", "level": "sequence", "natural_baseline": False}),
     ("riskpo", {"bundle": 2, "credit": "sum-mean", "weighting": "paper"}),
     ("rloo", {"form": "reinforce", "whiten": True}),
