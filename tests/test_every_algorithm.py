@@ -40,6 +40,7 @@ VARIANTS = [
     ("epo", {"aggregation": "traj-turn-token", "turns": 2, "kind": "indicator"}),
     ("empg", {"steps": "given", "aggregation": "seq-mean-token-mean"}),
     ("empg", {"steps": "rows", "k_f": 2.0}),
+    ("gtpo", {"divide_by_conflicts": True}),
     ("riskpo", {"bundle": 2, "credit": "std", "level": "sequence", "natural_baseline": False}),
     ("riskpo", {"bundle": 2, "credit": "sum-mean", "weighting": "paper"}),
     ("rloo", {"form": "reinforce", "whiten": True}),
@@ -58,6 +59,7 @@ STRAIGHT_THROUGH: list[tuple[str, dict[str, Any], str]] = [
     ("cispo", {}, "its weights are constants, whatever the value"),
     ("dhpo", {"sequence_gradient": False}, "the ratio of the completion passes its gradient to the own token only"),
     ("dhpo", {"mix": "entropy"}, "the entropy mixes the ratios as a constant"),
+    ("gtpo", {}, "its ratio is 1, whatever the log-prob, with the gradient of that; its entropy is a constant"),
     ("hapo", {}, "the entropy of the policy steers weights and clips as a constant"),
 ]
 DEFAULTS = [(name, REQUIRED.get(name, {})) for name in algorithms.names()]
