@@ -249,3 +249,9 @@ def _needs(config: Config, name: str, alg: Any) -> None:
         if alg.couples == "block":  # no loss without several rows; others give a row without company advantage 0
             raise ValueError(message)
         warnings.warn(f"{message}; one alone is compared with nothing", stacklevel=2)
+    groups = config.rollout.prompts // config.learner.minibatches
+    if needs.noise and groups < 2:
+        raise ValueError(
+            f"learner.minibatches={config.learner.minibatches}: {name} compares the gradients of a minibatch's prompts, "
+            f"expected at least 2 of the {config.rollout.prompts} prompts in each"
+        )

@@ -84,6 +84,7 @@ class Views:
     logp: Float[Array, "B T"] = _ABSENT  # log softmax(logits / rollout temperature)[token]
     entropy: Float[Array, "B T"] = _ABSENT  # of the same distribution, nats
     logsumexp: Float[Array, "B T"] = _ABSENT  # of logits / rollout temperature
+    collision: Float[Array, "B T"] = _ABSENT  # sum over the vocabulary of the same distribution's squared probabilities
     tempered_logp: Float[Array, "B T"] = _ABSENT  # at `Plan.score_temperature` instead
     values: Float[Array, "B T"] = _ABSENT  # critic's value before each completion token
     extras: dict[str, Array] = field(default_factory=dict)  # views of plug-in scorers (ELBO terms, inner layers, ...)

@@ -19,7 +19,7 @@ GROUPS = {40: 4, 7: 3, 3: 3, 12: 1, 9: 2, 21: 8, 30: 1, 31: 1, -1: 1}  # id -> r
 PROMPT = {40: 0, 7: 0, 3: 1, 12: 2, 9: 3, 21: 4, 30: 5, 31: 6, -1: 0}  # 40 and 7 are the same prompt, drawn twice
 AGREE, UNSCORED, EMPTY, EXTRA = 7, 3, 9, 21  # groups with a peculiarity
 ROWS = sum(GROUPS.values())
-VIEWS = ("logp", "entropy", "logsumexp", "tempered_logp", "values")
+VIEWS = ("logp", "entropy", "logsumexp", "tempered_logp", "collision", "values")
 
 
 def rollouts(seed: int, needs: Any) -> Rollouts:
@@ -56,6 +56,9 @@ def rollouts(seed: int, needs: Any) -> Rollouts:
     }
     old_logp = -rng.exponential(size=(ROWS, T))
 
+        "grad_square": 0.1 + nth * 7 % 5 / 3,
+        "quality": nth * 3 % 8 / 8,
+        "prompt_size": np.ones(ROWS),
     def rescored(name: str) -> np.ndarray:
         view = name.split("_", 1)[1]
         if view == "prompt_logp":
@@ -65,6 +68,8 @@ def rollouts(seed: int, needs: Any) -> Rollouts:
         return rng.uniform(0.1, 2, (ROWS, T)) if view == "entropy" else rng.normal(size=(ROWS, T))
 
     extras = {name: rescored(name) for name in needs.rescore} | {name: row_extras[name] for name in needs.row_extras}
+        if view == "collision":  # at least the square of the sampled token's probability
+            return np.exp(2 * old_logp) + 0.1 * rng.random((ROWS, T))
     rows = Rollouts(
         prompt_tokens=rng.integers(0, 9, (7, L)),
         prompt_length=rng.integers(1, L + 1, 7),

@@ -73,7 +73,9 @@ def plain(params: dict[str, Params], rows: Rollouts) -> Views:
     logp = jax.nn.log_softmax(hidden(SPEC, params["policy"]) @ decoder.unembed(SPEC, params["policy"]))
     chosen = jnp.take_along_axis(logp, rows.tokens[..., None], -1)[..., 0]
     values = critic.values(params["critic"], hidden(critic.trunk(SPEC), params["critic"]))
-    return Views(logp=chosen, tempered_logp=chosen, entropy=-(jnp.exp(logp) * logp).sum(-1), values=values)
+    probability = jnp.exp(logp)
+    entropy, collision = -(probability * logp).sum(-1), (probability**2).sum(-1)
+    return Views(logp=chosen, tempered_logp=chosen, entropy=entropy, collision=collision, values=values)
 
 
 def network(params: Params, rows: Rollouts, ids: jax.Array) -> jax.Array:
@@ -130,7 +132,7 @@ def programs(loss: tuple[str, ...], devices: tuple[int, ...]) -> Learner:
 def learner(alg: Algorithm, splits: int, devices: tuple[int, ...] = (1, 1)) -> Learner:
     """A learner at its beginning, with the method's own programs beside shared ones of the model."""
     made = copy.copy(programs(alg.needs.loss, devices))
-    made.alg = alg
+    made.alg = alg._replace(rate=None)  # a step is the gradient itself
     made._differentiate = jit(partial(gradients.differentiate, alg))
     made._weigh = jit(partial(gradients.weigh, alg, CONFIG.learner.importance))
     made._tune = lambda state, metrics, finite: state
@@ -172,7 +174,7 @@ def test_joint_gradient_is_autograd_of_the_whole_minibatch_for_any_split(index):
         assert same == pytest.approx(value, rel=1e-10, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["seeupo", "gdpo"])
+@pytest.mark.parametrize("name", ["seeupo", "gdpo", "loop"])
 def test_updates_of_a_method_s_own_are_independent_of_the_split(name):
     alg, state, rows, credit = case(METHODS.index((name, {})))
     made = [learner(alg, splits) for splits in (1, 4)]

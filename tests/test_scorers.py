@@ -23,6 +23,7 @@ def plain(hidden, unembed, targets):
         "entropy": -jnp.sum(jnp.exp(a) * a, axis=1),
         "logsumexp": jax.nn.logsumexp(z / HEAT, axis=1),
         "tempered_logp": jax.nn.log_softmax(z / TEMPERED)[at, targets],
+        "collision": jnp.sum(jnp.exp(a) ** 2, axis=1),
     }
 
 

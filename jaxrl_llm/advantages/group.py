@@ -95,11 +95,45 @@ def leave_one_out(
     group: Int[Array, "B"],
     counted: Bool[Array, "B"],
     spread_tol: float = SPREAD_TOL,
+    singleton: Singleton = "zero",
 ) -> Float[Array, "B"]:
-    """R minus the mean of the *other* rows of the group, G/(G-1) (R - mean); 0 for a group of one. RLOO, arXiv 2402.14740."""
+    """R minus the mean of the *other* rows of the group, G/(G-1) (R - mean). RLOO, arXiv 2402.14740.
+
+    singleton: a group of one gets 0 ("zero"), or keeps its reward ("raw").
+    """
     stats = statistics(score, group, counted, spread_tol=spread_tol)
     factor = stats.count / jnp.maximum(stats.count - 1, 1)
-    return jnp.where(counted & ~stats.flat, factor * (score - stats.mean), 0)
+    alone = score if singleton == "raw" else jnp.zeros_like(score)
+    compared = jnp.where(stats.flat, 0, factor * (score - stats.mean))
+    return jnp.where(counted, jnp.where(stats.count == 1, alone, compared), 0)
+
+
+def weighted_baseline(
+    score: Float[Array, "B"],
+    weight: Float[Array, "B"],
+    group: Int[Array, "B"],
+    counted: Bool[Array, "B"],
+    leave_one_out: bool = False,
+    spread_tol: float = SPREAD_TOL,
+) -> Float[Array, "B"]:
+    """R - sum_j w_j R_j / sum_j w_j over the group, or over the other rows with `leave_one_out`.
+
+    With w the squared norm of a row's score function the baseline has least variance. Where all weights are 0 it is the plain
+    mean, so equal weights give R - mean, or G/(G-1) times that.
+    """
+    stats = statistics(score, group, counted, spread_tol=spread_tol)
+    safe = jnp.where(counted, score, 0)
+
+    def mean(w: Float[Array, "B"]) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+        """(weighted sum of scores, sum of weights) of what a row is compared with."""
+        own = jnp.where(counted & leave_one_out, w, 0)
+        return segment(w * safe, stats.id, counted) - own * safe, segment(w, stats.id, counted) - own
+
+    total, mass = mean(jnp.where(counted, weight, 0))
+    plain, others = mean(jnp.ones_like(score))
+    weighed = mass > 1e-12 * segment(jnp.where(counted, weight, 0), stats.id, counted)  # more than rounding is left
+    baseline = jnp.where(weighed, total / jnp.where(weighed, mass, 1), plain / jnp.maximum(others, 1))
+    return jnp.where(counted & ~stats.flat, score - baseline, 0)
 
 
 def bnpo(

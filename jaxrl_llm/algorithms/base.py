@@ -35,6 +35,8 @@ class Needs(NamedTuple):
     # Completions per prompt below which the method learns nothing (2: baseline within the group): a config that asks for
     # fewer gets a warning, or is refused when `Algorithm.couples` is "block", as there is no loss then.
     min_group: int = 1
+    noise: int = 0  # `Algorithm.rate` compares the gradients of this many parts of a minibatch's groups; causal scorer only
+    given: Literal["none", "some", "all"] = "none"  # training problems that come with chosen and rejected completions
     pool: str = ""  # config field that says for how many training problems the method has room; "": for any number
 
 
@@ -72,6 +74,13 @@ class Report(NamedTuple):
 class Selection(NamedTuple):
     rows: Rollouts
     credit: Credit
+class Noise(NamedTuple):
+    """How much of a minibatch's gradient is noise, estimated from the gradients of parts of it (`Needs.noise`)."""
+
+    square: Float[Array, ""]  # squared norm of the gradient
+    variance: Float[Array, ""]  # trace of its covariance
+
+
     memory: Memory
 
 
@@ -156,6 +165,7 @@ class Algorithm(NamedTuple):
     tune(state, metrics)                              -> State, after every optimizer step (dual variable, adaptive KL)
     observe(state, memory, rows, credit, report, views) -> (State, Memory), after the step; `views` scores the new policy
     update(learner, state, rows, credit, key)         -> (State, Report); own inner loop over learner.views/learner.step
+    rate(state, noise)                                -> (factor of the policy's learning rate, State), before every step
     """
 
     name: str
@@ -170,6 +180,7 @@ class Algorithm(NamedTuple):
     tune: Callable[[State, Metrics], State] = keep
     observe: Callable[..., tuple[State, Memory]] = keep_state
     select: Callable[..., Selection] | None = None
+    rate: Callable[[State, Noise], tuple[Float[Array, ""], State]] | None = None
     update: Callable[..., tuple[State, Report]] | None = None
     updates: int | None = None  # optimizer steps of an own `update`, where their number is known ahead
 

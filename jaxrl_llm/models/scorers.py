@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxrl_llm.models.attention import accumulator
 from jaxrl_llm.sharding.rules import constrain, ways
 
-VIEWS = ("logp", "entropy", "logsumexp", "tempered_logp")
+VIEWS = ("logp", "entropy", "logsumexp", "tempered_logp", "collision")
 CHUNK_ELEMENTS = 2**26  # logits of one chunk on one device: 256 MB in float32
 
 Stats = dict[str, Array]
@@ -39,8 +39,9 @@ def token_views(
 ) -> dict[str, Float[Array, "N"]]:
     """Views of softmax(logits / temperature) at each token, float32 (float64 for float64 `hidden`).
 
-    `logp` of the target, `entropy` in nats, `logsumexp` of logits / temperature, and `tempered_logp`: the target's
-    log-probability at `tempered_temperature` instead. Differentiable in `hidden` and `unembed`, not in temperatures.
+    `logp` of the target, `entropy` in nats, `logsumexp` of logits / temperature, `collision`: the sum of squared
+    probabilities (that two draws agree), and `tempered_logp`: the target's log-probability at `tempered_temperature`
+    instead. Differentiable in `hidden` and `unembed`, not in temperatures.
 
     Args:
       chunk: tokens handled at once; 0 chooses by size.
@@ -91,6 +92,8 @@ def _stats(z: Array, targets: Array, heat: Array, tempered: Array, names: tuple[
         stats["logp"] = at_target(a) - lse
     if "entropy" in names:
         stats["entropy"] = lse - jnp.sum(jnp.exp(a - lse[:, None]) * a, axis=1)
+    if "collision" in names:
+        stats["collision"] = jnp.sum(jnp.exp(2 * (a - lse[:, None])), axis=1)
     if "tempered_logp" in names:
         b = z / tempered
         stats["tempered_logsumexp"] = jax.nn.logsumexp(b, axis=1)
@@ -101,7 +104,8 @@ def _stats(z: Array, targets: Array, heat: Array, tempered: Array, names: tuple[
 def _logit_gradient(z: Array, targets: Array, heat: Array, tempered: Array, stats: Stats, g: Stats) -> Array:
     """Pull cotangents [n] of the views back to logits z [n,V].
 
-    With p = softmax(a), a = z / heat: d logp = onehot - p; d logsumexp = p; d entropy = -p (a - lse + entropy).
+    With p = softmax(a), a = z / heat: d logp = onehot - p; d logsumexp = p; d entropy = -p (a - lse + entropy);
+    d collision = 2 p (p - collision).
     """
     a = z / heat
     hit = jnp.arange(z.shape[1]) == targets[:, None]
@@ -112,6 +116,8 @@ def _logit_gradient(z: Array, targets: Array, heat: Array, tempered: Array, stat
     factor = (g_lse - g_logp)[:, None]
     if "entropy" in g:
         factor = factor - g["entropy"][:, None] * (centred + stats["entropy"][:, None])
+    if "collision" in g:
+        factor = factor + 2 * g["collision"][:, None] * (p - stats["collision"][:, None])
     dz = (p * factor + jnp.where(hit, g_logp[:, None], 0)) / heat
     if "tempered_logp" in g:
         p = jnp.exp(z / tempered - stats["tempered_logsumexp"][:, None])

@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 def start(learner: Learner, state: State, credit: Callable[..., Any], batch: Rollouts) -> Future[None] | None:
     """Begin to compile what credit and update need for batches like this one; None where that cannot be foreseen:
-    for methods that choose rows by what happened, or update in their own way.
+    for methods that choose rows by what happened, update in their own way, or take the gradient in parts.
     """
-    if learner.alg.select or learner.alg.update:
+    if learner.alg.select or learner.alg.update or learner.alg.rate:
         return None
 
     def compile_() -> None:

@@ -7,7 +7,7 @@ loss∘views on each microbatch and adds up: the same gradient when the loss cou
 forward less.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial, reduce
 from typing import Any
@@ -19,14 +19,14 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxrl_llm.algorithms.base import Algorithm, Key, Report, keep
+from jaxrl_llm.algorithms.base import Algorithm, Key, Noise, Report, keep
 from jaxrl_llm.compile_cache import quickly
 from jaxrl_llm.config import Config
 from jaxrl_llm.models import critic as critics
 from jaxrl_llm.models import decoder
 from jaxrl_llm.models.spec import ModelSpec
 from jaxrl_llm.sharding import rules
-from jaxrl_llm.training import gradients, layouts, optim, updates
+from jaxrl_llm.training import gradients, layouts, noise, optim, updates
 from jaxrl_llm.training.gradients import Model, PlugIn
 from jaxrl_llm.training.layouts import HostRows, Layout
 from jaxrl_llm.training.minibatches import minibatches
@@ -62,6 +62,8 @@ class Learner:
                 f"learner.route=fused: the loss of {alg.name} couples the minibatch, expected auto or joint"
             )
         if settings.importance.mode != "none" and not needs.importance:
+        if settings.route == "fused" and alg.rate is not None:
+            raise ValueError(f"learner.route=fused: {alg.name} takes its gradient in parts, expected auto or joint")
             raise ValueError(
                 f"learner.importance.mode={settings.importance.mode}: the loss of {alg.name} has no place for "
                 "importance weights, expected none"
@@ -124,10 +126,13 @@ class Learner:
         self._add = jit(gradients.add)
         self._take = jit(_take)
         self._tune = jit(lambda state, metrics, finite: _select(finite, alg.tune(state, metrics), state))
+        self._pick = jit(_select)
+        self._rate, self._square, self._noise = (jit(f) for f in (alg.rate or keep, noise.squared_norm, noise.measure))
         pull, fused = partial(gradients.pull, model, alg), partial(gradients.fused, model, alg)
         self._pull = jax.jit(pull, static_argnums=0, donate_argnums=2, out_shardings=grads)
         self._fused = jax.jit(fused, static_argnums=0, donate_argnums=2, out_shardings=(grads, everywhere))
         self._zeros = quick(partial(gradients.zeros, self.shapes), out_shardings=grads)
+        self._sum = quick(partial(jax.tree.map, jnp.add), donate_argnums=0, out_shardings=grads)
         self._start_optimizers = quick(start, out_shardings=opt)
         self._apply = quick(
             partial(updates.apply, self._optimizers, rates),
@@ -288,7 +293,7 @@ class Learner:
                 programs.append(self._differentiate.lower(state, out, rows, credit))
                 loss, cotangents = everywhere(programs[-1].out_info)
                 programs.append(self._pull.lower(layout, train.params, grads, piece, cotangents, heat, read))
-            programs.append(self._apply.lower(train, grads, loss, on, signal))
+            programs.append(self._apply.lower(train, grads, loss, on, signal, self._heat(None)))
             for program in programs:
                 program.compile()
 
@@ -315,7 +320,7 @@ class Learner:
         state, rows, credit, on = jax.device_put((state, rows, credit, on), self._everywhere)
         with jax.set_mesh(self.mesh):
             credit, sampling, signal = self._weigh(state, rows, credit)
-            grads = self._zeros()
+            grads, rate, rated = self._zeros(), self._heat(None), state
             if self._fuses(piece_of, host.block):
                 losses = []
                 for piece in pieces:
@@ -326,9 +331,13 @@ class Learner:
                 if current is None:
                     current = self._views(train.params, layout, pieces, rows, names, heat)
                 loss, cotangents = self._differentiate(state, current, rows, credit)
-                for piece in pieces:
-                    grads = self._pull(layout, train.params, grads, piece, cotangents, heat, self._read(rows))
-            moved, metrics, health = self._apply(replace(train, reference=None), grads, loss, on, signal)
+                pull = partial(self._pulled, cotangents, heat, self._read(rows))
+                if self.alg.rate is None:
+                    grads = pull(grads, layout, pieces)
+                else:
+                    grads, measured = self._in_parts(rows, host, pull)
+                    rate, rated = self._rate(state, measured)
+            moved, metrics, health = self._apply(replace(train, reference=None), grads, loss, on, signal, rate)
             self.train = replace(moved, reference=train.reference)
             metrics |= sampling
             if self.alg.tune is not keep:
@@ -337,6 +346,8 @@ class Learner:
         self.version += 1
         return state, metrics
 
+            if self.alg.rate is not None:
+                state = self._pick(health.finite, rated, state)
     def _fuses(self, piece_of: np.ndarray, block: np.ndarray) -> bool:
         """Whether a minibatch takes the fused route: the loss must not couple rows of different pieces."""
         route, couples = self.config.learner.route, self.alg.couples
@@ -348,12 +359,38 @@ class Learner:
             )
         return exact and route != "joint"
 
+        if self.alg.rate is not None:  # parts of a gradient are pulled back from one evaluation of the loss
+            return False
     def _views(
         self,
         params: dict[str, Params],
         layout: Layout,
         pieces: list[Any],
         rows: Rollouts,
+    def _pulled(
+        self,
+        cotangents: Views,
+        heat: Array,
+        read: Rollouts | None,
+        grads: dict[str, Params],
+        layout: Layout,
+        pieces: list[Any],
+    ) -> dict[str, Params]:
+        """`grads` plus the cotangents pulled back through these pieces."""
+        for piece in pieces:
+            grads = self._pull(layout, self.train.params, grads, piece, cotangents, heat, read)
+        return grads
+
+    def _in_parts(self, rows: Rollouts, host: HostRows, pull: Callable[..., Any]) -> tuple[dict[str, Params], Noise]:
+        """The gradient, pulled back for one part of the groups after another, and how noisy it is."""
+        grads, squares = self._zeros(), []
+        for part in noise.parts(host, np.asarray(rows.group), self.alg.needs.noise):
+            layout, pieces, _ = self._arrange(rows, part, len(host.tokens))
+            own = pull(self._zeros(), layout, pieces)
+            squares.append(self._square(own))
+            grads = self._sum(grads, own)
+        return grads, self._noise(self._square(grads), jnp.stack(squares))
+
         names: tuple[str, ...],
         heat: Array,
     ) -> Views:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from jaxrl_llm import config
 from jaxrl_llm.types import Params
@@ -79,9 +79,16 @@ def apply(
     opt: optax.OptState,
     params: Params,
     on: Bool[Array, ""],
+    rate: float | Float[Array, ""] = 1.0,
 ) -> tuple[Params, optax.OptState]:
-    """One update; where `on` is False both trees come back bitwise as they were (no decay, no momentum)."""
+    """One update; where `on` is False both trees come back bitwise as they were (no decay, no momentum).
+
+    rate: factor of the learning rate.
+    """
     updates, new_opt = tx.update(grads, opt, wide(params))
-    new_params = jax.tree.map(lambda p, u: (p.astype(u.dtype) + u).astype(p.dtype), params, updates)
+    rate = jnp.asarray(rate)  # the last of the chain is the learning rate, so the update is proportional to it
+    new_params = jax.tree.map(
+        lambda p, u: (p.astype(u.dtype) + rate.astype(u.dtype) * u).astype(p.dtype), params, updates
+    )
     pick = lambda new, old: jnp.where(on, new, old)  # noqa: E731
     return jax.tree.map(pick, new_params, params), jax.tree.map(pick, new_opt, opt)

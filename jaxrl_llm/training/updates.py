@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.training import optim
 from jaxrl_llm.training.gradients import Loss
@@ -44,10 +44,12 @@ def apply(
     loss: Loss,
     on: dict[str, Bool[Array, ""]],
     signal: Bool[Array, ""],
+    rate: float | Float[Array, ""] = 1.0,
 ) -> tuple[TrainState, Metrics, Health]:
     """The next train state. If the loss or any gradient is not finite it is the old one, bitwise, but for its counters.
 
     on: which trainables to update; the others get no decay and no momentum.
+    rate: factor of the policy's learning rate.
     Returns also the metrics of the loss with `loss`, `grad_norm`, `lr` (prefixed by the label for trainables other than the
     policy) and `update/skipped`; a skipped update reports its metrics as means over nothing.
     """
@@ -63,16 +65,17 @@ def apply(
     metrics: Metrics = {name: jax.tree.map(lambda x: jnp.where(finite, x, 0), m) for name, m in loss.metrics.items()}
     for label in train.params:
         go = finite & on[label]
+        factor = jnp.asarray(rate if label == POLICY else 1.0, one.dtype)
         params[label], opt[label] = optim.apply(
-            optimizers[label], grads[label], train.opt[label], train.params[label], go
+            optimizers[label], grads[label], train.opt[label], train.params[label], go, factor
         )
         count[label] = train.count[label] + go
         norm = optax.tree.norm(grads[label])
         moved |= norm > 0
         prefix = "" if label == POLICY else f"{label}/"
         metrics[f"{prefix}grad_norm"] = Mean(jnp.where(finite, norm, 0), one)
-        rate = jnp.asarray(rates[label](train.count[label]), one.dtype)
-        metrics[f"{prefix}lr"] = Mean(rate, jnp.ones_like(rate))
+        scheduled = jnp.asarray(rates[label](train.count[label]), one.dtype)
+        metrics[f"{prefix}lr"] = Mean(scheduled * factor, jnp.ones_like(one))
     metrics["loss"] = Mean(jnp.where(finite, loss.value, 0), one)
     metrics["update/skipped"] = Mean(1 - one, jnp.ones_like(one))
     in_row = jnp.where(finite, 0, train.skipped_in_row + 1)
