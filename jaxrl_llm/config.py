@@ -202,6 +202,12 @@ class Reference(Section):
     sync_every: int = described(0, "copy the policy into the reference every this many steps; 0 never", ge=0)
 
 
+class Guide(Section):
+    path: str = described(
+        ..., "Hugging Face directory of a frozen model built like the policy, such as another run's export"
+    )
+
+
 class WarmStartOptimizer(Optimizer):
     lr: float = described(1e-3, "peak learning rate", ge=0)
 
@@ -250,6 +256,7 @@ class Config(Section):
     optimizer: Optimizer = Optimizer()
     critic: Optimizer | None = described(None, "optimizer of the critic; none uses `optimizer`")
     reference: Reference = Reference()
+    guide: Guide | None = described(None, "frozen model whose log-probs guide methods such as tgdpo")
     warmstart: WarmStart = WarmStart()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()

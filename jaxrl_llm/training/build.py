@@ -1,5 +1,6 @@
 """From a config to the parts of a run: tokenizer, task, mesh, model, engine. Shared by train, eval and sample."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,19 @@ def model(config: Config, on: Mesh, words: Text) -> Model:
     init = jax.jit(lambda key: decoder.init(spec, key, dtype), out_shardings=layout, compiler_options=quickly())
     # Threefry would take three times as long to compile, most of the time to a first update.
     return Model(spec, init(jax.random.key(config.run.seed, impl="rbg")))
+
+
+def guide(config: Config, spec: ModelSpec, on: Mesh) -> Params | None:
+    """The frozen model of `guide.path`; raises ValueError when it is not built like the policy."""
+    if config.guide is None:
+        return None
+    found = hf.load_spec(config.guide.path)
+    names = {f.name for f in fields(spec)} - {"eos_ids", "bos_id", "pad_id"}  # scoring ends where the completion does
+    if odd := sorted(name for name in names if getattr(found, name) != getattr(spec, name)):
+        raise ValueError(
+            f"guide.path={config.guide.path!r}: {', '.join(odd)} differ from the policy's, expected a model built like it"
+        )
+    return hf.load(config.guide.path, mesh=on, dtype=jnp.dtype(config.model.param_dtype))[1]
 
 
 def engine(

@@ -91,7 +91,7 @@ def _run(made: Parts, params: Params, run: RunDir, stop: Stop, progress: Progres
                 return 0
             params = warm
         learner = Learner(config, made.spec, alg, made.mesh)
-        learner.init(params)
+        learner.init(params, guide=made.guide)
         training = Training(alg, learner, jax.jit(alg.credit, compiler_options=quickly()), on_rows=on_rows)
         training.ahead = compile_ahead(made, training, state)
         if fresh:

@@ -29,6 +29,7 @@ class Parts:
     task: Task
     spec: ModelSpec
     mesh: Mesh
+    guide: Params | None  # a frozen model that scores rows
     prompts: Stream  # training prompts in the order they are drawn
     held_out: list[Prompt]
     dropped: int  # training prompts over rollout.max_prompt
@@ -71,6 +72,7 @@ def make(config: Config) -> tuple[Parts, Params]:
         task=task,
         spec=spec,
         mesh=mesh,
+        guide=build.guide(config, spec, mesh),
         prompts=Stream(prompts, config.run.seed),
         held_out=held_out,
         dropped=dropped,

@@ -143,6 +143,8 @@ def _memory(config: Config, step: Step, trees: dict[str, tuple[Any, Any]]) -> di
         memory[f"{label} gradients"] = n * wide
     if config.reference.mode == "resident":
         memory["reference parameters"] = count["policy"] * param
+    if config.guide is not None:
+        memory["guide parameters"] = count["policy"] * param
     replicated = {**step.mesh, **dict.fromkeys(rules.RULES["batch"], 1)}  # the engine splits weights over tp only
     weights = _per_device(*trees["policy"], replicated)
     memory["generation: weights"] = weights * jnp.dtype(_decode_dtype(config)).itemsize
