@@ -33,14 +33,13 @@ def model_json(config: Config) -> dict[str, Any]:
     """The model's config.json: that of `model.path`, or `model.spec`."""
     if config.model.path is None:
         return dict(config.model.spec or {})
-    return _config_json("model.path", config.model.path)
-
-
-def _config_json(key: str, path: str) -> dict[str, Any]:
+    file = Path(config.model.path) / "config.json"
     try:
-        return json.loads((Path(path) / "config.json").read_text())
+        return json.loads(file.read_text())
     except (OSError, ValueError):
-        raise ValueError(f"{key}={path!r}: no readable config.json there, expected a Hugging Face directory") from None
+        raise ValueError(
+            f"model.path={config.model.path!r}: no readable config.json there, expected a Hugging Face directory"
+        ) from None
 
 
 def _model(config: Config) -> None:
@@ -50,8 +49,6 @@ def _model(config: Config) -> None:
     if path is None and not spec:
         raise ValueError("model.path: missing, expected a Hugging Face directory, or model.spec to build a model")
     model_json(config)
-    if config.guide is not None:
-        _config_json("guide.path", config.guide.path)
 
 
 def _tokenizer(config: Config) -> None:
@@ -233,11 +230,6 @@ def _needs(config: Config, name: str, alg: Any) -> None:
         raise ValueError(f"reference.mode=none: {name} needs a reference policy, expected resident or host")
     if not wants_reference and reference.mode != "none":
         raise ValueError(f"reference.mode={reference.mode}: {name} with these settings uses none, expected none")
-    guided = any(view.startswith("guide_") for view in needs.rescore)
-    if guided and config.guide is None:
-        raise ValueError(f"guide.path: missing; {name} needs a frozen guide, expected a Hugging Face directory")
-    if config.guide is not None and not guided:
-        raise ValueError(f"guide.path={config.guide.path!r}: {name} uses none, expected guide=null")
     if config.critic is not None and not needs.critic:
         raise ValueError(f"critic: {name} trains no critic, expected null")
     if config.learner.importance.mode != "none" and not needs.importance:
@@ -249,6 +241,12 @@ def _needs(config: Config, name: str, alg: Any) -> None:
         raise ValueError(
             f"learner.route=fused: the loss of {name} couples the rows of a minibatch, expected auto or joint"
         )
+    groups = config.rollout.prompts // config.learner.minibatches
+    if needs.noise and groups < 2:
+        raise ValueError(
+            f"learner.minibatches={config.learner.minibatches}: {name} compares the gradients of a minibatch's prompts, "
+            f"expected at least 2 of the {config.rollout.prompts} prompts in each"
+        )
     if config.rollout.group_size < needs.min_group:
         message = (
             f"rollout.group_size={config.rollout.group_size}: {name} compares the completions of a prompt, expected "
@@ -257,9 +255,3 @@ def _needs(config: Config, name: str, alg: Any) -> None:
         if alg.couples == "block":  # no loss without several rows; others give a row without company advantage 0
             raise ValueError(message)
         warnings.warn(f"{message}; one alone is compared with nothing", stacklevel=2)
-    groups = config.rollout.prompts // config.learner.minibatches
-    if needs.noise and groups < 2:
-        raise ValueError(
-            f"learner.minibatches={config.learner.minibatches}: {name} compares the gradients of a minibatch's prompts, "
-            f"expected at least 2 of the {config.rollout.prompts} prompts in each"
-        )

@@ -53,23 +53,23 @@ def rollouts(seed: int, needs: Any) -> Rollouts:
         "extra": extra.astype(int),
         "exit_order": nth + 1,
         "mask_key": rng.integers(0, 2**31 - 1, ROWS),
-    }
-    old_logp = -rng.exponential(size=(ROWS, T))
-
         "grad_square": 0.1 + nth * 7 % 5 / 3,
         "quality": nth * 3 % 8 / 8,
         "prompt_size": np.ones(ROWS),
+    }
+    old_logp = -rng.exponential(size=(ROWS, T))
+
     def rescored(name: str) -> np.ndarray:
         view = name.split("_", 1)[1]
         if view == "prompt_logp":
             return -rng.exponential(size=(len(PROMPT), L))[[PROMPT[g] for g in group]]
         if view in ("logp", "tempered_logp"):
             return old_logp + 0.5 * rng.normal(size=(ROWS, T))
+        if view == "collision":  # at least the square of the sampled token's probability
+            return np.exp(2 * old_logp) + 0.1 * rng.random((ROWS, T))
         return rng.uniform(0.1, 2, (ROWS, T)) if view == "entropy" else rng.normal(size=(ROWS, T))
 
     extras = {name: rescored(name) for name in needs.rescore} | {name: row_extras[name] for name in needs.row_extras}
-        if view == "collision":  # at least the square of the sampled token's probability
-            return np.exp(2 * old_logp) + 0.1 * rng.random((ROWS, T))
     rows = Rollouts(
         prompt_tokens=rng.integers(0, 9, (7, L)),
         prompt_length=rng.integers(1, L + 1, 7),

@@ -71,9 +71,6 @@ class Report(NamedTuple):
     per_update: tuple[Metrics, ...] = ()
 
 
-class Selection(NamedTuple):
-    rows: Rollouts
-    credit: Credit
 class Noise(NamedTuple):
     """How much of a minibatch's gradient is noise, estimated from the gradients of parts of it (`Needs.noise`)."""
 
@@ -81,6 +78,9 @@ class Noise(NamedTuple):
     variance: Float[Array, ""]  # trace of its covariance
 
 
+class Selection(NamedTuple):
+    rows: Rollouts
+    credit: Credit
     memory: Memory
 
 
@@ -162,10 +162,10 @@ class Algorithm(NamedTuple):
     select(state, memory, rows, credit, key)          -> Selection of a fixed size (padded with masked rows); None: keep all
     weigh(state, rows, credit)                        -> Credit with weights, once per minibatch
     loss(state, views, rows, credit)                  -> (scalar, Metrics)
+    rate(state, noise)                                -> (factor of the policy's learning rate, State), before every step
     tune(state, metrics)                              -> State, after every optimizer step (dual variable, adaptive KL)
     observe(state, memory, rows, credit, report, views) -> (State, Memory), after the step; `views` scores the new policy
     update(learner, state, rows, credit, key)         -> (State, Report); own inner loop over learner.views/learner.step
-    rate(state, noise)                                -> (factor of the policy's learning rate, State), before every step
     """
 
     name: str
@@ -177,10 +177,10 @@ class Algorithm(NamedTuple):
     needs: Needs = Needs()
     weigh: Callable[[State, Rollouts, Credit], Credit] = token_mean
     couples: Literal["row", "block", "minibatch"] = "minibatch"
+    rate: Callable[[State, Noise], tuple[Float[Array, ""], State]] | None = None
     tune: Callable[[State, Metrics], State] = keep
     observe: Callable[..., tuple[State, Memory]] = keep_state
     select: Callable[..., Selection] | None = None
-    rate: Callable[[State, Noise], tuple[Float[Array, ""], State]] | None = None
     update: Callable[..., tuple[State, Report]] | None = None
     updates: int | None = None  # optimizer steps of an own `update`, where their number is known ahead
 

@@ -47,7 +47,6 @@ class Learner:
     """
 
     train: TrainState
-    guide: Params | None  # a frozen model that scores rows
     version: int  # optimizer steps since the run began, skipped ones included
 
     def __init__(self, config: Config, spec: ModelSpec, alg: Algorithm, mesh: Mesh, plug_in: PlugIn | None = None):
@@ -62,9 +61,9 @@ class Learner:
             raise ValueError(
                 f"learner.route=fused: the loss of {alg.name} couples the minibatch, expected auto or joint"
             )
-        if settings.importance.mode != "none" and not needs.importance:
         if settings.route == "fused" and alg.rate is not None:
             raise ValueError(f"learner.route=fused: {alg.name} takes its gradient in parts, expected auto or joint")
+        if settings.importance.mode != "none" and not needs.importance:
             raise ValueError(
                 f"learner.importance.mode={settings.importance.mode}: the loss of {alg.name} has no place for "
                 "importance weights, expected none"
@@ -126,14 +125,14 @@ class Learner:
         self._weigh = jit(partial(gradients.weigh, alg, self.config.learner.importance))
         self._add = jit(gradients.add)
         self._take = jit(_take)
-        self._tune = jit(lambda state, metrics, finite: _select(finite, alg.tune(state, metrics), state))
         self._pick = jit(_select)
         self._rate, self._square, self._noise = (jit(f) for f in (alg.rate or keep, noise.squared_norm, noise.measure))
+        self._tune = jit(lambda state, metrics, finite: _select(finite, alg.tune(state, metrics), state))
         pull, fused = partial(gradients.pull, model, alg), partial(gradients.fused, model, alg)
         self._pull = jax.jit(pull, static_argnums=0, donate_argnums=2, out_shardings=grads)
         self._fused = jax.jit(fused, static_argnums=0, donate_argnums=2, out_shardings=(grads, everywhere))
-        self._zeros = quick(partial(gradients.zeros, self.shapes), out_shardings=grads)
         self._sum = quick(partial(jax.tree.map, jnp.add), donate_argnums=0, out_shardings=grads)
+        self._zeros = quick(partial(gradients.zeros, self.shapes), out_shardings=grads)
         self._start_optimizers = quick(start, out_shardings=opt)
         self._apply = quick(
             partial(updates.apply, self._optimizers, rates),
@@ -142,14 +141,11 @@ class Learner:
         )
         self._copy = quick(partial(jax.tree.map, jnp.copy), out_shardings=grads[POLICY])
 
-    def init(self, policy: Params, critic: Params | None = None, guide: Params | None = None) -> None:
+    def init(self, policy: Params, critic: Params | None = None) -> None:
         """Begin from these parameters; they are the learner's from here on, as updates donate them.
 
-        Args:
-          critic: None makes one from the policy's decoder, with a head of zeros.
-          guide: frozen, of the policy's shapes; scores rows as policy "guide" and is in no checkpoint.
+        critic: None makes one from the policy's decoder, with a head of zeros.
         """
-        self.guide = None if guide is None else jax.device_put(guide, self.shardings[POLICY])
         params = {POLICY: policy}
         if CRITIC in self.labels:
             dtype = jnp.dtype(self.config.model.param_dtype)
@@ -176,16 +172,14 @@ class Learner:
         return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.shapes[POLICY]))
 
     def policy(self, name: str) -> Params:
-        """Parameters of a policy by name, on the devices: "policy" (as it is now), "ref" or "guide".
+        """Parameters of a policy by name, on the devices: "policy" (as it is now) or "ref".
 
         Raises ValueError for a policy that is not kept.
         """
         if name == "policy":
             return self.train.params[POLICY]
-        if name == "guide" and self.guide is not None:
-            return self.guide
         if name != "ref":
-            raise ValueError(f"policy={name!r}: expected 'policy', 'ref', or 'guide' where there is one")
+            raise ValueError(f"policy={name!r}: expected 'policy' or 'ref'")
         if self.train.reference is None:
             raise ValueError("reference.mode=none: the reference policy is asked for, expected resident or host")
         return jax.device_put(self.train.reference, self.shardings[POLICY])
@@ -203,7 +197,7 @@ class Learner:
 
         Args:
           names: of "logp", "entropy", "logsumexp", "tempered_logp", and "values" of the critic; or a plug-in's.
-          policy: "policy" (the trained trees as they are now), "ref" or "guide".
+          policy: "policy" (the trained trees as they are now) or "ref".
           temperature: of "tempered_logp".
         Raises ValueError for a policy that is not kept, or "tempered_logp" without its temperature.
         """
@@ -346,33 +340,27 @@ class Learner:
             moved, metrics, health = self._apply(replace(train, reference=None), grads, loss, on, signal, rate)
             self.train = replace(moved, reference=train.reference)
             metrics |= sampling
+            if self.alg.rate is not None:
+                state = self._pick(health.finite, rated, state)
             if self.alg.tune is not keep:
                 state = self._tune(state, metrics, health.finite)
         self._watch.seen.append(health)
         self.version += 1
         return state, metrics
 
-            if self.alg.rate is not None:
-                state = self._pick(health.finite, rated, state)
     def _fuses(self, piece_of: np.ndarray, block: np.ndarray) -> bool:
         """Whether a minibatch takes the fused route: the loss must not couple rows of different pieces."""
         route, couples = self.config.learner.route, self.alg.couples
         whole = len({*zip(block.tolist(), piece_of.tolist())}) == len(np.unique(block))
         exact = couples == "row" or (couples == "block" and whole) or piece_of.max() == 0
+        if self.alg.rate is not None:  # parts of a gradient are pulled back from one evaluation of the loss
+            return False
         if route == "fused" and not exact:
             raise ValueError(
                 f"learner.route=fused: these microbatches split blocks of {self.alg.name}, expected auto or joint"
             )
         return exact and route != "joint"
 
-        if self.alg.rate is not None:  # parts of a gradient are pulled back from one evaluation of the loss
-            return False
-    def _views(
-        self,
-        params: dict[str, Params],
-        layout: Layout,
-        pieces: list[Any],
-        rows: Rollouts,
     def _pulled(
         self,
         cotangents: Views,
@@ -397,6 +385,12 @@ class Learner:
             grads = self._sum(grads, own)
         return grads, self._noise(self._square(grads), jnp.stack(squares))
 
+    def _views(
+        self,
+        params: dict[str, Params],
+        layout: Layout,
+        pieces: list[Any],
+        rows: Rollouts,
         names: tuple[str, ...],
         heat: Array,
     ) -> Views:
