@@ -33,13 +33,14 @@ def model_json(config: Config) -> dict[str, Any]:
     """The model's config.json: that of `model.path`, or `model.spec`."""
     if config.model.path is None:
         return dict(config.model.spec or {})
-    file = Path(config.model.path) / "config.json"
+    return _config_json("model.path", config.model.path)
+
+
+def _config_json(key: str, path: str) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
+        return json.loads((Path(path) / "config.json").read_text())
     except (OSError, ValueError):
-        raise ValueError(
-            f"model.path={config.model.path!r}: no readable config.json there, expected a Hugging Face directory"
-        ) from None
+        raise ValueError(f"{key}={path!r}: no readable config.json there, expected a Hugging Face directory") from None
 
 
 def _model(config: Config) -> None:
@@ -49,6 +50,8 @@ def _model(config: Config) -> None:
     if path is None and not spec:
         raise ValueError("model.path: missing, expected a Hugging Face directory, or model.spec to build a model")
     model_json(config)
+    if config.guide is not None:
+        _config_json("guide.path", config.guide.path)
 
 
 def _tokenizer(config: Config) -> None:
@@ -230,6 +233,15 @@ def _needs(config: Config, name: str, alg: Any) -> None:
         raise ValueError(f"reference.mode=none: {name} needs a reference policy, expected resident or host")
     if not wants_reference and reference.mode != "none":
         raise ValueError(f"reference.mode={reference.mode}: {name} with these settings uses none, expected none")
+    if needs.given == "none" and isinstance(config.task, FileTask) and config.task.chosen_field is not None:
+        raise ValueError(
+            f"task.chosen_field={config.task.chosen_field!r}: {name} with these settings samples its completions, expected null"
+        )
+    guided = any(view.startswith("guide_") for view in needs.rescore)
+    if guided and config.guide is None:
+        raise ValueError(f"guide.path: missing; {name} needs a frozen guide, expected a Hugging Face directory")
+    if config.guide is not None and not guided:
+        raise ValueError(f"guide.path={config.guide.path!r}: {name} uses none, expected guide=null")
     if config.critic is not None and not needs.critic:
         raise ValueError(f"critic: {name} trains no critic, expected null")
     if config.learner.importance.mode != "none" and not needs.importance:

@@ -146,7 +146,6 @@ def rollouts_of(
     )
 
 
-
 def contexts(rows: Rollouts) -> Rollouts:
     """The contexts as completions, to be scored: P rows of L tokens, each a context after its first token, given that."""
     p, l = rows.prompt_tokens.shape
@@ -171,6 +170,7 @@ def contexts(rows: Rollouts) -> Rollouts:
         source=jnp.full(p, GIVEN, jnp.int32),
         block=own,
     )
+
 
 def take(rows: Rollouts, index: Int[Array, "n"]) -> Rollouts:
     """Rows by index, in that order and repeatable; -1 makes a padding row.

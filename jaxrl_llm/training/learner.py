@@ -47,6 +47,7 @@ class Learner:
     """
 
     train: TrainState
+    guide: Params | None  # a frozen model that scores rows
     version: int  # optimizer steps since the run began, skipped ones included
 
     def __init__(self, config: Config, spec: ModelSpec, alg: Algorithm, mesh: Mesh, plug_in: PlugIn | None = None):
@@ -141,11 +142,14 @@ class Learner:
         )
         self._copy = quick(partial(jax.tree.map, jnp.copy), out_shardings=grads[POLICY])
 
-    def init(self, policy: Params, critic: Params | None = None) -> None:
+    def init(self, policy: Params, critic: Params | None = None, guide: Params | None = None) -> None:
         """Begin from these parameters; they are the learner's from here on, as updates donate them.
 
-        critic: None makes one from the policy's decoder, with a head of zeros.
+        Args:
+          critic: None makes one from the policy's decoder, with a head of zeros.
+          guide: frozen, of the policy's shapes; scores rows as policy "guide" and is in no checkpoint.
         """
+        self.guide = None if guide is None else jax.device_put(guide, self.shardings[POLICY])
         params = {POLICY: policy}
         if CRITIC in self.labels:
             dtype = jnp.dtype(self.config.model.param_dtype)
@@ -172,14 +176,16 @@ class Learner:
         return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.shapes[POLICY]))
 
     def policy(self, name: str) -> Params:
-        """Parameters of a policy by name, on the devices: "policy" (as it is now) or "ref".
+        """Parameters of a policy by name, on the devices: "policy" (as it is now), "ref" or "guide".
 
         Raises ValueError for a policy that is not kept.
         """
         if name == "policy":
             return self.train.params[POLICY]
+        if name == "guide" and self.guide is not None:
+            return self.guide
         if name != "ref":
-            raise ValueError(f"policy={name!r}: expected 'policy' or 'ref'")
+            raise ValueError(f"policy={name!r}: expected 'policy', 'ref', or 'guide' where there is one")
         if self.train.reference is None:
             raise ValueError("reference.mode=none: the reference policy is asked for, expected resident or host")
         return jax.device_put(self.train.reference, self.shardings[POLICY])
@@ -197,7 +203,7 @@ class Learner:
 
         Args:
           names: of "logp", "entropy", "logsumexp", "tempered_logp", and "values" of the critic; or a plug-in's.
-          policy: "policy" (the trained trees as they are now) or "ref".
+          policy: "policy" (the trained trees as they are now), "ref" or "guide".
           temperature: of "tempered_logp".
         Raises ValueError for a policy that is not kept, or "tempered_logp" without its temperature.
         """
@@ -406,13 +412,15 @@ class Learner:
 
     def _arrange(self, rows: Rollouts, host: HostRows, at_once: int) -> tuple[Layout, list[Any], np.ndarray]:
         """The layout, the pieces on the devices, and the piece of each row."""
-        settings = self.config.learner
+        settings, completion = self.config.learner, rows.tokens.shape[1]
+        platform = self.mesh.devices.flat[0].platform
         layout = layouts.choose(
             settings.layout,
             rows=at_once,
             microbatch_rows=settings.microbatch_rows,
+            most=layouts.most_rows(completion, self.alg.couples, platform),
             context=rows.prompt_tokens.shape[1],
-            completion=rows.tokens.shape[1],
+            completion=completion,
             group_size=self.group_size,
             shards=self.shards,
         )
