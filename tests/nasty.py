@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm.types import CURRENT, REFERENCE, Rollouts, Views
+from jaxrl_llm.types import CURRENT, GIVEN, REFERENCE, Rollouts, Views
 
 T, L, R = 5, 3, 2
 GROUPS = {40: 4, 7: 3, 3: 3, 12: 1, 9: 2, 21: 8, 30: 1, 31: 1, -1: 1}  # id -> rows; a negative id is padding
@@ -41,6 +41,7 @@ def rollouts(seed: int, needs: Any) -> Rollouts:
         reward = reward[[np.flatnonzero(traj == t)[0] for t in traj]]
     reward[group == AGREE] = [0.1, 0.2]
     extra = (group == EXTRA) & ("extra" in needs.row_extras)
+    given = np.isin(group, (40, 21)) & (needs.given != "none")
     row_extras = {
         "prompt_id": np.searchsorted(np.unique(group), group),
         "traj": traj,
@@ -52,6 +53,8 @@ def rollouts(seed: int, needs: Any) -> Rollouts:
         "invalid": (rng.random(ROWS) < 0.2).astype(float),
         "extra": extra.astype(int),
         "exit_order": nth + 1,
+        "step_length": nth % 3 + 1,
+        "action_id": nth % 3,
         "mask_key": rng.integers(0, 2**31 - 1, ROWS),
         "grad_square": 0.1 + nth * 7 % 5 / 3,
         "quality": nth * 3 % 8 / 8,
@@ -86,7 +89,7 @@ def rollouts(seed: int, needs: Any) -> Rollouts:
         version=np.zeros((ROWS, T), int),
         sampler_logp=old_logp + 0.01 * rng.normal(size=(ROWS, T)),
         old_logp=old_logp,
-        source=np.where(nth % 2 == 1, REFERENCE, CURRENT),
+        source=np.select([given, nth % 2 == 1, nth == 2], [GIVEN, REFERENCE, GIVEN], CURRENT),
         block=np.arange(ROWS),
         extras=extras,
     )

@@ -9,9 +9,11 @@ from jaxrl_llm.rollout import driver
 from jaxrl_llm.rollout.rows import STOP_TOKEN, Completion, Request, Row
 from jaxrl_llm.tasks.base import Prompt
 
+EOS = 99  # ends an encoded text, whose tokens are its digits
 
-def prompt(number: int, tokens: Sequence[int]) -> Prompt:
-    return Prompt(number, np.asarray(tokens, np.int32), {"prompt": str(number)})
+
+def prompt(number: int, tokens: Sequence[int], **record: str) -> Prompt:
+    return Prompt(number, np.asarray(tokens, np.int32), {"prompt": str(number), **record})
 
 
 def completion(tokens: Sequence[int], stop: str = STOP_TOKEN, first_logp: float = 0.0) -> Completion:
@@ -40,4 +42,7 @@ def collect(
     def draw(n: int) -> list[Prompt]:
         raise AssertionError("no collector here draws more prompts")
 
-    return driver.collect(plan, prompts, sample=sample, score=score, draw=draw), requests
+    def encode(texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array([*(int(c) for c in text if c.isdigit()), EOS], np.int32) for text in texts]
+
+    return driver.collect(plan, prompts, sample=sample, score=score, draw=draw, encode=encode), requests

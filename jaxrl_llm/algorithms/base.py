@@ -52,6 +52,9 @@ class Plan(NamedTuple):
     prompt_weights: Array | None = None  # [n_prompts] draw prompts without replacement by these weights
     # (prompts, group_size) -> (contexts, rows) of a batch; None: (prompts, prompts * group_size)
     capacity: Callable[[int, int], tuple[int, int]] | None = None
+    # For the collector to read, put in by the loop.
+    memory: Memory | None = None  # the method's
+    max_prompt: int = 0  # longest context
 
 
 # (logits [S, V] float32, temperature [S], hook_state) -> temperature [S]; pure, jitted into the decode loop.

@@ -1,8 +1,8 @@
 """Collectors: host coroutines that say what to sample and which rows come of it.
 
 A collector is a generator `collector(plan, prompts)`. It yields `Request` and is sent `list[list[Completion]]`, yields
-`Score(rows)` (rewarded in place), yields `Draw(n)` and is sent more prompts, and returns the step's rows. Trees, drafts,
-refills and tool calls are ordinary Python here, and are tested with a scripted engine.
+`Score(rows)` (rewarded in place), yields `Draw(n)` and is sent more prompts, yields `Encode(texts)` and is sent their tokens, and
+returns the step's rows. Trees, drafts, refills and tool calls are ordinary Python here, and are tested with a scripted engine.
 """
 
 from collections.abc import Generator, Sequence
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from jaxrl_llm.algorithms.base import Collector, Plan
-from jaxrl_llm.rollout.rows import STOP_LENGTH, Completion, Draw, Request, Row, Score
-from jaxrl_llm.tasks.base import Prompt
-from jaxrl_llm.types import REFERENCE
+from jaxrl_llm.rollout.rows import STOP_LENGTH, Completion, Draw, Encode, Request, Row, Score
+from jaxrl_llm.tasks.base import Prompt, Record, fill
+from jaxrl_llm.types import GIVEN, REFERENCE
 
 Rows = Generator[Any, Any, list[Row]]
 
@@ -40,6 +40,72 @@ def sample_groups(prompts: Sequence[Prompt], size: int, first_group: int = 0, **
     rows = [row_of(p, c, first_group + g) for g, (p, cs) in enumerate(zip(prompts, answers)) for c in cs]
     yield Score(rows)
     return rows
+
+
+def given_rows(prompts: Sequence[Prompt], groups: Sequence[int], template: str = "{target}") -> Rows:
+    """A row of the worked answer of each prompt, which joins a group: source GIVEN, no log-probs.
+
+    It is rewarded like a completion, but that the task's own reward, the first part, is 1: it is the answer.
+
+    Args:
+      template: the text from the problem's fields; {target} is its worked answer, or its answer where it has none.
+    """
+    if not prompts:
+        return []
+    tokens = yield Encode([fill("algorithm.render", template, _with_target(p.record)) for p in prompts])
+    rows = [
+        Row(
+            prompt=prompt,
+            context=prompt.tokens,
+            tokens=ids,
+            mask=np.ones(len(ids), bool),
+            sampler_logp=np.zeros(len(ids), np.float32),
+            policy_logp=np.zeros(len(ids), np.float32),
+            group=group,
+            source=GIVEN,
+            extras={"prompt_id": prompt.id},
+        )
+        for prompt, group, ids in zip(prompts, groups, tokens)
+    ]
+    yield Score(rows)
+    for row in rows:
+        row.reward[:1], row.scored = 1.0, True
+    return rows
+
+
+def _with_target(record: Record) -> Record:
+    target = record.get("target", record.get("answer"))
+    return record if target is None else {**record, "target": target}
+
+
+def preference_rows(prompts: Sequence[Prompt], first_group: int = 0) -> Rows:
+    """A group for each prompt of the completions that came with it: source GIVEN, no log-probs, reward 1 for each of
+    record["chosen"] and 0 for each of record["rejected"]."""
+    said = [(p, g, r, t) for g, p in enumerate(prompts) for r, f in ((1, "chosen"), (0, "rejected")) for t in p.record[f]]
+    if not said:
+        return []
+    encoded = yield Encode([text for *_, text in said])
+    return [
+        Row(
+            prompt=prompt,
+            context=prompt.tokens,
+            tokens=tokens,
+            mask=np.ones(len(tokens), bool),
+            sampler_logp=np.zeros(len(tokens), np.float32),
+            policy_logp=np.zeros(len(tokens), np.float32),
+            group=first_group + group,
+            source=GIVEN,
+            reward=np.array([reward], np.float32),
+            text=text,
+            extras={"prompt_id": prompt.id},
+        )
+        for (prompt, group, reward, text), tokens in zip(said, encoded)
+    ]
+
+
+def preferences(plan: Plan, prompts: Sequence[Prompt]) -> Rows:
+    """No sampling: the chosen and rejected completions that every prompt came with."""
+    return (yield from preference_rows(prompts))
 
 
 def flat(plan: Plan, prompts: Sequence[Prompt]) -> Rows:

@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxrl_llm.algorithms.base import Plan
 from jaxrl_llm.rollout.collectors import Rows, flat
-from jaxrl_llm.rollout.rows import Completion, Draw, Request, Row, Score
+from jaxrl_llm.rollout.rows import Completion, Draw, Encode, Request, Row, Score
 from jaxrl_llm.tasks.base import Prompt, Record, RewardSpec
 
 
@@ -17,6 +17,7 @@ def collect(
     sample: Callable[[Request], list[list[Completion]]],
     score: Callable[[Sequence[Row]], None],
     draw: Callable[[int], list[Prompt]],
+    encode: Callable[[Sequence[str]], list[np.ndarray]],
 ) -> list[Row]:
     """Drive `plan.collector` (the flat one when None) to its end and return its rows."""
     words: Rows = (plan.collector or flat)(plan, prompts)
@@ -32,8 +33,10 @@ def collect(
             answer = score(ask.rows)
         elif isinstance(ask, Draw):
             answer = draw(ask.n)
+        elif isinstance(ask, Encode):
+            answer = encode(ask.texts)
         else:
-            raise TypeError(f"a collector yielded {type(ask).__name__}, expected Request, Score or Draw")
+            raise TypeError(f"a collector yielded {type(ask).__name__}, expected Request, Score, Draw or Encode")
 
 
 def reward_rows(

@@ -44,6 +44,13 @@ class Draw(NamedTuple):
     n: int
 
 
+class Encode(NamedTuple):
+    """Collector -> driver: the tokens of these texts as whole completions, the end-of-sequence token included; answered by
+    list[np.ndarray]."""
+
+    texts: Sequence[str]
+
+
 @dataclass
 class Row:
     """One training row on the host. `mask` marks the tokens that train."""
@@ -126,10 +133,11 @@ def pack(
         for name in ("tokens", "mask", "sampler_logp"):
             b[name][i, :n] = getattr(r, name)
         b["old_logp"][i, :n] = r.policy_logp
-        b["reward"][i] = r.reward if r.scored else 0.0
+        if r.scored:
+            b["reward"][i, : len(r.reward)] = r.reward  # given rows have one part, whatever the task's
         for name in extras:
             more[name][i] = r.extras[name]
     return Rollouts(prompt_tokens=prompt_tokens, prompt_length=prompt_length, extras=more, **b)  # type: ignore[arg-type]
 
 
-FLOAT_EXTRAS = ("step_reward", "invalid")
+FLOAT_EXTRAS = ("step_reward", "invalid", "quality")

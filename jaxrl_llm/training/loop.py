@@ -162,7 +162,9 @@ def step(
     config, alg, learner, timer = made.config, training.alg, training.learner, made.timer
     key = jax.random.fold_in(jax.random.key(config.run.seed), at.step)
     plan = alg.plan(at.state)
-    plan = plan._replace(group_size=plan.group_size or config.rollout.group_size)
+    plan = plan._replace(
+        group_size=plan.group_size or config.rollout.group_size, memory=at.memory, max_prompt=config.rollout.max_prompt
+    )
 
     progress.activity("collect")
     with timer.phase("collect"):
@@ -236,7 +238,12 @@ def collect(made: Parts, policy: Callable[[str], Params], plan: Plan, step: int)
             return made.prompts.draw(n)
         return made.prompts.draw_weighted(n, np.asarray(plan.prompt_weights))
 
-    return driver.collect(plan, draw(config.rollout.prompts), sample=sample, score=score, draw=draw)
+    def encode(texts: Sequence[str]) -> list[np.ndarray]:
+        end = np.array(made.words.eos_ids[:1], np.int32)
+        return [np.concatenate([made.words.encode(text), end]) for text in texts]
+
+    prompts = draw(config.rollout.prompts)
+    return driver.collect(plan, prompts, sample=sample, score=score, draw=draw, encode=encode)
 
 
 def compile_ahead(made: Parts, training: Training, state: State) -> Future[None] | None:

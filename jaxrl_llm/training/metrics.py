@@ -15,14 +15,14 @@ from jaxtyping import Array, Float
 from jaxrl_llm.models.spec import ModelSpec
 from jaxrl_llm.rollout.rows import Row
 from jaxrl_llm.tasks.base import RewardSpec
-from jaxrl_llm.types import CURRENT, Metrics, Rollouts, metric_value
+from jaxrl_llm.types import CURRENT, GIVEN, Metrics, Rollouts, metric_value
 
 SPREAD_TOL = 1e-6  # as in advantages.group: rewards closer than this, relatively, are the same
 PHASES = ("collect", "generate", "score", "rescore", "update")
 
 
 def of_rows(rows: Sequence[Row], rewards: Sequence[RewardSpec], correct_at: float) -> dict[str, float]:
-    """Reward and completion metrics of a step's fresh rows (those in statistics).
+    """Reward and completion metrics of a step's fresh rows (those in statistics that were sampled).
 
     `reward/mean` and `reward/std` are of the weighted total over scored rows, `reward/<part>` of the unweighted part.
     `accuracy` is the share of scored rows whose first part, the task's own, reaches `correct_at`.
@@ -30,7 +30,7 @@ def of_rows(rows: Sequence[Row], rewards: Sequence[RewardSpec], correct_at: floa
     the number of those with a single scored row.
     `completions/clipped_ratio` is the share of rows cut off by the length limit.
     """
-    fresh = [r for r in rows if r.stat]
+    fresh = [r for r in rows if r.stat and r.source != GIVEN]
     scored = [r for r in fresh if r.scored]
     totals = np.array([r.reward.sum() for r in scored], np.float64)
     out = {
