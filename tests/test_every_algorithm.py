@@ -43,6 +43,11 @@ VARIANTS = [
     ("gtpo", {"divide_by_conflicts": True}),
     ("riskpo", {"bundle": 2, "credit": "std", "level": "sequence", "natural_baseline": False}),
     ("riskpo", {"bundle": 2, "credit": "sum-mean", "weighting": "paper"}),
+    ("d3s", {"ratio": "sequence", "scope": "response"}),
+    ("loop", {"ratio": "turn", "std": True}),
+    ("loop", {"ratio": "trajectory", "bounds": "paper", "minibatch": None}),
+    ("oblr_po", {"norm": "given", "loo": True, "adapt_rate": False}),
+    ("tempsamp_r1", {"mode": "anchor", "beta": 0.0}),
     ("rloo", {"form": "reinforce", "whiten": True}),
     ("rloo", {"form": "token", "beta": 0.0}),
     ("reinforce_pp", {"baseline": True}),
@@ -60,6 +65,8 @@ STRAIGHT_THROUGH: list[tuple[str, dict[str, Any], str]] = [
     ("dhpo", {"sequence_gradient": False}, "the ratio of the completion passes its gradient to the own token only"),
     ("dhpo", {"mix": "entropy"}, "the entropy mixes the ratios as a constant"),
     ("gtpo", {}, "its ratio is 1, whatever the log-prob, with the gradient of that; its entropy is a constant"),
+    ("dagrpo", {}, "the ratio of a given row is 1, whatever its likelihood"),
+    ("tempsamp_r1", {}, "the ratio is 1, whatever the likelihood"),
     ("hapo", {}, "the entropy of the policy steers weights and clips as a constant"),
 ]
 DEFAULTS = [(name, REQUIRED.get(name, {})) for name in algorithms.names()]

@@ -5,11 +5,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxrl_llm.tasks import bleu, spans
 from jaxrl_llm.tasks.base import Record, RewardFn, import_function
 
 
 def resolve(spec: str, options: Mapping[str, Any] | None = None) -> RewardFn:
-    """The reward a string names: math, exact, gym, letter:<c>, length_penalty, overlong, or module:function.
+    """The reward a string names: math, exact, gym, letter:<c>, bleu, answer_format, span_iou, length_penalty, overlong, or
+    module:function.
 
     `options` are keyword arguments: of the built-in below, or given to the user's function after (completion, record).
     Raises ValueError for an unknown name or option.
@@ -26,7 +28,8 @@ def resolve(spec: str, options: Mapping[str, Any] | None = None) -> RewardFn:
     built_in = BUILT_IN.get(kind)
     if built_in is None:
         raise ValueError(
-            f"reward: {spec!r}, expected math, exact, gym, letter:<c>, judge, length_penalty, overlong or module:function"
+            f"reward: {spec!r}, expected math, exact, gym, letter:<c>, bleu, answer_format, span_iou, judge, length_penalty, "
+            "overlong or module:function"
         )
     try:
         return built_in(**options)
@@ -115,7 +118,16 @@ def gym(answer_pattern: str | None = None) -> RewardFn:
     return lambda completion, record: score(pick(completion), record)
 
 
-BUILT_IN = {"math": math, "exact": exact, "gym": gym, "length_penalty": length_penalty, "overlong": overlong}
+BUILT_IN = {
+    "math": math,
+    "exact": exact,
+    "gym": gym,
+    "bleu": bleu.reward,
+    "answer_format": bleu.answer_format,
+    "span_iou": spans.span_iou,
+    "length_penalty": length_penalty,
+    "overlong": overlong,
+}
 
 
 def _tokens(record: Record) -> int:
