@@ -474,7 +474,7 @@ def test_views_refuse_what_is_not_there():
     made, rows = learner(), rollouts()
     with pytest.raises(ValueError, match=r"reference.mode=none"):
         made.views(rows, ("logp",), "ref")
-    with pytest.raises(ValueError, match=r"policy='old': expected 'policy' or 'ref'"):
+    with pytest.raises(ValueError, match=r"policy='old': expected 'policy', 'ref'"):
         made.views(rows, ("logp",), "old")
     with pytest.raises(ValueError, match=r"'tempered_logp' needs a temperature"):
         made.views(rows, ("tempered_logp",))

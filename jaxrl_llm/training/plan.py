@@ -99,6 +99,7 @@ def make(config: Config, devices: int) -> Step:
         l.layout,
         rows=per_update,
         microbatch_rows=l.microbatch_rows,
+        most=layouts.most_rows(r.max_new, alg.couples, jax.default_backend()),
         context=r.max_prompt,
         completion=r.max_new,
         group_size=group_size,
