@@ -91,11 +91,17 @@ class FileTask(Section):
     target_field: str | None = described(
         None, "field with the worked answer, for the supervised warm start; none: answer_field"
     )
+    chosen_field: str | None = described(
+        None, "field with a preferred completion, or a list of them, for methods that train on given ones (dpo)"
+    )
+    rejected_field: str | None = described(None, "the same for completions that are not preferred")
     prompt: str = described("{prompt}", "prompt from the row's fields; {prompt} is prompt_field")
     answer_pattern: str | None = described(
         None, "regular expression whose first group is the final answer inside the field"
     )
-    reward: str = described("math", "math, exact, letter:<c>, or module:function taking (completion, record)")
+    reward: str = described(
+        "math", "math, exact, preferred, letter:<c>, or module:function taking (completion, record)"
+    )
     reward_options: dict[str, Any] = described({}, "options of the reward")
 
 

@@ -76,6 +76,11 @@ def _task(config: Config) -> None:
                 raise ValueError(f"task.{key}={name!r}: no such file, expected a .jsonl or .parquet file, or hub:NAME")
             if Path(name).suffix not in (".jsonl", ".parquet"):
                 raise ValueError(f"task.{key}={name!r}: expected a file that ends in .jsonl or .parquet")
+        if (task.chosen_field is None) != (task.rejected_field is None):
+            raise ValueError(
+                f"task.chosen_field={task.chosen_field!r}: task.rejected_field is {task.rejected_field!r}, expected both or "
+                "neither"
+            )
         if config.warmstart.steps and task.answer_field is None:
             raise ValueError(f"warmstart.steps={config.warmstart.steps}: needs answers, expected task.answer_field")
     if isinstance(task, GymTask | FileTask) and config.eval.size > task.eval_size:

@@ -7,13 +7,14 @@ Axis: preference. With s_i = sum_t (logp - ref_logp) and delta = s_chosen - s_re
     robust   [-(1-e) log sigma(beta delta) + e log sigma(-beta delta)] / (1-2e)     ipo  (delta - 1 / (2 beta))^2
 
 averaged over pairs. `select` makes the pairs of each prompt: the two rows of a pair share `block`, and `role` is +1 for the
-chosen, -1 for the rejected; a row in several pairs is repeated. Offline pairs are rows with blocks and roles of their
-own. IPO divides s by the length unless `length_norm` says otherwise (TRL's offline trainer; DPO's repository and TRL's
+chosen, -1 for the rejected; a row in several pairs is repeated. `pairs=given` is offline: the completions come with the
+problems (task.chosen_field, task.rejected_field), chosen ones rewarded 1 and rejected ones 0. IPO divides s by the length unless `length_norm` says otherwise (TRL's offline trainer; DPO's repository and TRL's
 online ones do not). `beta` may be a list, one for each epoch with the last one held, as in TRL's online trainer. Ours: an
 epoch is `epoch_steps` RL steps; when `drop_ties` leaves fewer pairs, padding fills the batch.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,11 @@ from jaxrl_llm.algorithms import Paper
 from jaxrl_llm.algorithms.base import (
     Algorithm,
     Needs,
+    Plan,
     Report,
     ViewsFn,
     expect,
     expect_one_of,
-    flat_plan,
 )
 from jaxrl_llm.objectives import preference
 from jaxrl_llm.types import Credit, Memory, Metrics, Rollouts, State, Views
@@ -51,12 +52,14 @@ class Config:
     label_smoothing: float = 0.0  # e, for sigmoid and robust
     length_norm: bool | None = None  # divide s by the row's length; none: only for ipo
     reference_free: bool = False  # s without ref_logp; with hinge this is SLiC
+    pairs: Literal["sampled", "given"] = "sampled"  # given: those that come with the problems
     pairing: preference.Pairing = "best_worst"
     drop_ties: bool = False  # best_worst: no pair from a group whose rewards all agree
     missing_eos_penalty: float = 0.0  # off the reward of truncated rows before pairing
 
     def __post_init__(self):
         expect_one_of("loss", self.loss, ("sigmoid", "robust", "hinge", "ipo"))
+        expect_one_of("pairs", self.pairs, ("sampled", "given"))
         expect_one_of("pairing", self.pairing, ("best_worst", "all"))
         several = not isinstance(self.beta, float | int)
         expect(len(self.betas) > 0 and min(self.betas) > 0, "beta", self.beta, "more than 0")
@@ -75,6 +78,7 @@ class Config:
 def build(config: Config) -> Algorithm:
     length_norm = config.loss == "ipo" if config.length_norm is None else config.length_norm
     betas, epoch_steps = config.betas, config.epoch_steps or 1
+    given = "all" if config.pairs == "given" else "none"
 
     def init() -> State:
         return {"step": jnp.zeros((), jnp.int32)} if config.epoch_steps else ()
@@ -83,6 +87,11 @@ def build(config: Config) -> Algorithm:
         if not config.epoch_steps:
             return betas[0]
         return jnp.asarray(betas)[jnp.minimum(state["step"] // epoch_steps, len(betas) - 1)]
+
+    def plan(state: State) -> Plan:
+        from jaxrl_llm.rollout import collectors
+
+        return Plan(collector=collectors.preferences if config.pairs == "given" else None)
 
     def credit(state: State, rows: Rollouts, key: jax.Array) -> Credit:
         return pairs.unpaired(rows, rows.score - config.missing_eos_penalty * rows.truncated)
@@ -111,12 +120,12 @@ def build(config: Config) -> Algorithm:
         name="dpo",
         config=config,
         init=init,
-        plan=flat_plan,
+        plan=plan,
         credit=credit,
         loss=loss,
         weigh=pairs.mean_over_pairs,
         select=pairs.selecting(pairs_of, slots),
         observe=observe,
         couples="block",
-        needs=Needs(rescore=() if config.reference_free else ("ref_logp",), importance=False, min_group=2),
+        needs=Needs(rescore=() if config.reference_free else ("ref_logp",), importance=False, min_group=2, given=given),
     )

@@ -33,6 +33,28 @@ def tokenize(records: Sequence[Record], text: Text, max_prompt: int, overlong: s
     return Tokenized(short, dropped)
 
 
+def without_long_completions(found: Tokenized, text: Text, max_new: int, overlong: str = "drop") -> Tokenized:
+    """The prompts whose given completions (record["chosen"], record["rejected"]) fit `max_new` tokens with the
+    end-of-sequence token; the others are dropped and counted, or with overlong="error" refused.
+
+    Raises ValueError then, and when nothing is left.
+    """
+
+    def longest(prompt: Prompt) -> int:
+        given = [*prompt.record.get("chosen", []), *prompt.record.get("rejected", [])]
+        return max((len(text.encode(one)) + 1 for one in given), default=0)
+
+    lengths = [longest(p) for p in found.prompts]
+    fit = [p for p, n in zip(found.prompts, lengths) if n <= max_new]
+    long = len(lengths) - len(fit)
+    if long and (overlong == "error" or not fit):
+        raise ValueError(
+            f"rollout.max_new: {max_new}, but given completions of {long} of {len(lengths)} problems are longer (up to "
+            f"{max(lengths)} tokens)"
+        )
+    return Tokenized(fit, found.dropped + long)
+
+
 class Stream:
     """An endless order over prompts. Equal (prompts, seed, state) give equal draws; the same prompt may come twice.
 

@@ -97,7 +97,8 @@ def _record(config: FileTask, row: Row, where: str) -> Record:
     if not isinstance(question, str):
         raise ValueError(f"{where}: field {config.prompt_field!r} is {type(question).__name__}, expected text")
     record = {**_jsonable(row), "prompt": fill("task.prompt", config.prompt, {**row, "prompt": question})}
-    if config.answer_field is not None:
+    record |= (given := _given(config, row, where))
+    if config.answer_field is not None and not (given and config.answer_field not in row):
         worked = str(_field(row, config.answer_field, where))
         answer = worked
         if config.answer_pattern:
@@ -111,6 +112,25 @@ def _record(config: FileTask, row: Row, where: str) -> Record:
     if config.target_field is not None:
         record["target"] = str(_field(row, config.target_field, where))
     return record
+
+
+def _given(config: FileTask, row: Row, where: str) -> dict[str, list[str]]:
+    """The chosen and rejected completions of a row as lists of different texts; nothing for a row without either field."""
+    names = {"chosen": config.chosen_field, "rejected": config.rejected_field}
+    fields = {side: name for side, name in names.items() if name is not None and row.get(name) is not None}
+    given: dict[str, list[str]] = {}
+    for side, name in fields.items():
+        said = [row[name]] if isinstance(row[name], str) else row[name]
+        if not isinstance(said, list) or not said or not all(isinstance(text, str) for text in said):
+            raise ValueError(f"{where}: field {name!r} is {str(row[name])[:60]!r}, expected text or a list of texts")
+        given[side] = said
+    if len(given) == 1:
+        (there,) = fields.values()
+        (missing,) = (name for side, name in names.items() if side not in given)
+        raise ValueError(f"{where}: no field {missing!r}, expected it beside {there!r}")
+    if both := set(given.get("chosen", ())) & set(given.get("rejected", ())):
+        raise ValueError(f"{where}: {sorted(both)[0][:60]!r} is both chosen and rejected, expected different completions")
+    return given
 
 
 def _field(row: Row, name: str, where: str) -> Any:

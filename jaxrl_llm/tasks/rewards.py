@@ -10,7 +10,7 @@ from jaxrl_llm.tasks.base import Record, RewardFn, import_function
 
 
 def resolve(spec: str, options: Mapping[str, Any] | None = None) -> RewardFn:
-    """The reward a string names: math, exact, gym, letter:<c>, bleu, answer_format, span_iou, length_penalty, overlong, or
+    """The reward a string names: math, exact, preferred, gym, letter:<c>, bleu, answer_format, span_iou, length_penalty, overlong, or
     module:function.
 
     `options` are keyword arguments: of the built-in below, or given to the user's function after (completion, record).
@@ -28,7 +28,7 @@ def resolve(spec: str, options: Mapping[str, Any] | None = None) -> RewardFn:
     built_in = BUILT_IN.get(kind)
     if built_in is None:
         raise ValueError(
-            f"reward: {spec!r}, expected math, exact, gym, letter:<c>, bleu, answer_format, span_iou, judge, length_penalty, "
+            f"reward: {spec!r}, expected math, exact, preferred, gym, letter:<c>, bleu, answer_format, span_iou, judge, length_penalty, "
             "overlong or module:function"
         )
     try:
@@ -96,6 +96,11 @@ def letter(character: str) -> RewardFn:
     return lambda completion, record: completion.count(character) / len(completion) if completion else 0.0
 
 
+def preferred() -> RewardFn:
+    """1 when the completion is one of the record's chosen ones, else 0."""
+    return lambda completion, record: float(completion.strip() in [text.strip() for text in record["chosen"]])
+
+
 def length_penalty(max_new: int) -> RewardFn:
     """Minus the share of the token limit `max_new` that the completion used, in [-1, 0]."""
     if max_new < 1:
@@ -125,6 +130,7 @@ BUILT_IN = {
     "bleu": bleu.reward,
     "answer_format": bleu.answer_format,
     "span_iou": spans.span_iou,
+    "preferred": preferred,
     "length_penalty": length_penalty,
     "overlong": overlong,
 }

@@ -8,6 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxrl_llm import algorithms
+from jaxrl_llm.algorithms.base import Algorithm
 from jaxrl_llm.config import Config
 from jaxrl_llm.models.spec import ModelSpec
 from jaxrl_llm.rollout import driver
@@ -15,7 +16,7 @@ from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.rows import Row
 from jaxrl_llm.tasks import load as load_task
 from jaxrl_llm.tasks.base import Prompt, Task
-from jaxrl_llm.tasks.data import Stream, tokenize
+from jaxrl_llm.tasks.data import Stream, tokenize, without_long_completions
 from jaxrl_llm.tasks.text import Text
 from jaxrl_llm.tasks.workers import Scorer
 from jaxrl_llm.training import build, metrics
@@ -63,7 +64,8 @@ def make(config: Config) -> tuple[Parts, Params]:
         words, mesh = loading.result(), build.mesh(config)
     _check(config, task)
     limit, overlong = config.rollout.max_prompt, config.rollout.overlong
-    prompts, dropped = tokenize(task.train, words, limit, overlong)
+    found = tokenize(task.train, words, limit, overlong)
+    prompts, dropped = without_long_completions(found, words, config.rollout.max_new, overlong)
     held_out = tokenize(task.eval[: config.eval.size], words, limit, overlong).prompts
     spec, params = build.model(config, mesh, words)
     parts = Parts(
@@ -91,8 +93,26 @@ def _check(config: Config, task: Task) -> None:
         )
     fields = dict(config.algorithm)
     alg = algorithms.make(fields.pop("name"), **fields)
+    if alg.needs.given != "none":
+        _check_given(alg, task, config.rollout.group_size)
     if alg.needs.pool and (room := getattr(alg.config, alg.needs.pool)) < len(task.train):
         raise ValueError(
             f"algorithm.{alg.needs.pool}={room}: {alg.name} has no room for all problems of the task, expected at least "
             f"{len(task.train)}"
+        )
+
+
+def _check_given(alg: Algorithm, task: Task, room: int) -> None:
+    """The completions a method takes from the problems must be there, and fit a group."""
+    counts = [len(r["chosen"]) + len(r["rejected"]) if "chosen" in r else 0 for r in task.train]
+    bare = [i for i, n in enumerate(counts) if not n]
+    if len(bare) == len(counts) or (bare and alg.needs.given == "all"):
+        raise ValueError(
+            f"task.chosen_field: {alg.name} with these settings trains on given completions, but training problem "
+            f"{bare[0] + 1} of {task.name} has none, expected chosen and rejected ones"
+        )
+    if max(counts) > room:
+        raise ValueError(
+            f"rollout.group_size={room}: training problem {counts.index(max(counts)) + 1} of {task.name} has more given "
+            f"completions, expected at least {max(counts)}"
         )
