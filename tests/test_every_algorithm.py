@@ -55,6 +55,7 @@ VARIANTS = [
     ("ppo", {"kl_target": 0.1, "gamma": 0.9}),
     ("rso", {"loss": "hinge", "pairing": "tournament"}),
     ("xpo", {"loss": "ipo", "clip": None, "drop_identical": True}),
+    ("tgdpo", {"f_min": 0.9, "pairing": "all"}),
     ("r2vpo", {"center": True}),
     ("r2vpo", {"replay": 1.0, "drop_zero_advantage": True, "aggregation": "seq-mean-token-mean"}),
 ]

@@ -229,8 +229,17 @@ NEEDS = {
 }
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A model directory built like the policy of these runs."""
+    directory = tmp_path_factory.mktemp("exported")
+    nothing = {"run": {"steps": 0}, "eval": {"size": 0}, "checkpoint": {"export": True}}
+    assert loop.train(configured(directory, **nothing)) == 0
+    return str(directory / "export")
+
+
 @pytest.mark.parametrize("name", algorithms.names())
-def test_every_method_trains_in_the_same_loop(name, tmp_path):
+def test_every_method_trains_in_the_same_loop(name, tmp_path, request):
     needs = algorithms.make(name).needs
     if needs.scorer != "causal" or set(needs.row_extras) - {"prompt_id"}:
         pytest.skip(f"{name} needs rows of another kind: {needs.row_extras or needs.scorer}")
@@ -239,6 +248,8 @@ def test_every_method_trains_in_the_same_loop(name, tmp_path):
     sections = {"run": {"steps": 2}, "eval": {"size": 0}, "learner": {"epochs": 1}, "algorithm": {"name": name}}
     if needs.reference or any(view.startswith("ref_") for view in needs.rescore):
         sections["reference"] = {"mode": "resident"}
+    if any(view.startswith("guide_") for view in needs.rescore):
+        sections["guide"] = {"path": request.getfixturevalue("exported")}
     config = configured(tmp_path, **{**sections, **NEEDS.get(name, {})})
     assert loop.train(config, on_rows=letters) == 0
     lines = metrics_of(tmp_path)
