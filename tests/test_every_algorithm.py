@@ -58,6 +58,7 @@ VARIANTS = [
     ("xpo", {"loss": "ipo", "clip": None, "drop_identical": True}),
     ("tgdpo", {"f_min": 0.9, "pairing": "all"}),
     ("dapo_direct", {"critic_steps": 0, "average": "states", "correct_at": 0.0}),
+    ("trpa", {"levels": (0.0,), "beta_mode": "response", "seq_agg": "sum"}),
     ("r2vpo", {"center": True}),
     ("r2vpo", {"replay": 1.0, "drop_zero_advantage": True, "aggregation": "seq-mean-token-mean"}),
 ]
