@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 # One problem: JSON-able; at least "prompt", and "answer"/"target" where the task has them. When a completion is scored, the
-# record also holds its length: "completion_tokens".
+# record also holds its length: "completion_tokens". "phrasings" may hold other prompts that ask for the same.
 Record = dict[str, Any]
 
 # (completion text, record) -> reward. Runs in a killable worker; None or NaN or an exception leaves the row unscored.
@@ -20,7 +20,7 @@ class RewardSpec(NamedTuple):
     """One part of the total reward. `spec` is resolved by `tasks.rewards.resolve` inside the worker."""
 
     name: str
-    spec: str  # "math", "exact", "letter:e", "gym", "judge", "length_penalty", "overlong", "module:function"
+    spec: str  # "math", "exact", "letter:e", "gym", "judge", "module:function", ...
     weight: float = 1.0
     options: Mapping[str, Any] = {}
 
@@ -41,6 +41,7 @@ class Prompt(NamedTuple):
     id: int  # index into Task.train (or .eval)
     tokens: np.ndarray  # int32 [n]
     record: Record
+    phrasings: tuple[np.ndarray, ...] = ()  # other ways to ask for the same, from the record's "phrasings"
 
 
 def import_function(key: str, path: str) -> Callable[..., Any]:

@@ -17,13 +17,14 @@ class Tokenized(NamedTuple):
 def tokenize(records: Sequence[Record], text: Text, max_prompt: int, overlong: str = "drop") -> Tokenized:
     """Encode every problem's prompt once; `Prompt.id` is its index in `records`.
 
-    Prompts of more than `max_prompt` tokens are dropped and counted, or with overlong="error" refused. Raises ValueError
-    then, and when nothing is left.
+    Prompts of more than `max_prompt` tokens, in any of their phrasings, are dropped and counted, or with overlong="error"
+    refused. Raises ValueError then, and when nothing is left.
     """
-    prompts = [Prompt(i, text.encode_prompt(record), record) for i, record in enumerate(records)]
-    short = [p for p in prompts if len(p.tokens) <= max_prompt]
+    prompts = [_prompt(i, record, text) for i, record in enumerate(records)]
+    lengths = [max(len(tokens) for tokens in (p.tokens, *p.phrasings)) for p in prompts]
+    short = [p for p, length in zip(prompts, lengths) if length <= max_prompt]
     dropped = len(prompts) - len(short)
-    longest = max((len(p.tokens) for p in prompts), default=0)
+    longest = max(lengths, default=0)
     if dropped and overlong == "error":
         raise ValueError(
             f"rollout.max_prompt: {max_prompt}, but {dropped} of {len(prompts)} prompts are longer (up to {longest} tokens)"
@@ -31,6 +32,13 @@ def tokenize(records: Sequence[Record], text: Text, max_prompt: int, overlong: s
     if records and not short:
         raise ValueError(f"rollout.max_prompt: {max_prompt}, but every prompt is longer (up to {longest} tokens)")
     return Tokenized(short, dropped)
+
+
+def _prompt(number: int, record: Record, text: Text) -> Prompt:
+    others = record.get("phrasings", [])
+    if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
+        raise ValueError(f"task: problem {number + 1} has phrasings={others!r}, expected a list of prompts")
+    return Prompt(number, text.encode_prompt(record), record, tuple(map(text.encode_prompt, others)))
 
 
 def without_long_completions(found: Tokenized, text: Text, max_new: int, overlong: str = "drop") -> Tokenized:

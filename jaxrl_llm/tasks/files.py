@@ -97,6 +97,8 @@ def _record(config: FileTask, row: Row, where: str) -> Record:
     if not isinstance(question, str):
         raise ValueError(f"{where}: field {config.prompt_field!r} is {type(question).__name__}, expected text")
     record = {**_jsonable(row), "prompt": fill("task.prompt", config.prompt, {**row, "prompt": question})}
+    if isinstance(others := row.get("phrasings"), list):
+        record["phrasings"] = [fill("task.prompt", config.prompt, {**row, "prompt": other}) for other in others]
     record |= (given := _given(config, row, where))
     if config.answer_field is not None and not (given and config.answer_field not in row):
         worked = str(_field(row, config.answer_field, where))

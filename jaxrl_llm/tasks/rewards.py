@@ -1,17 +1,19 @@
 """Reward functions by name. `resolve` runs inside a worker process; every function is (completion, record) -> number."""
 
 import logging
+import math as numbers
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
-from jaxrl_llm.tasks import bleu, spans
+from jaxrl_llm.tasks import bleu, grounding, spans, transcripts
 from jaxrl_llm.tasks.base import Record, RewardFn, import_function
 
 
 def resolve(spec: str, options: Mapping[str, Any] | None = None) -> RewardFn:
-    """The reward a string names: math, exact, preferred, gym, letter:<c>, bleu, answer_format, span_iou, length_penalty, overlong, or
-    module:function.
+    """The reward a string names: math, exact, preferred, gym, letter:<c>, bleu, answer_format, span_iou, entities,
+    grounding (or grounding:<measure>), text_entropy, length_penalty, overlong, or module:function.
 
     `options` are keyword arguments: of the built-in below, or given to the user's function after (completion, record).
     Raises ValueError for an unknown name or option.
@@ -22,14 +24,16 @@ def resolve(spec: str, options: Mapping[str, Any] | None = None) -> RewardFn:
         if len(rest) != 1:
             raise ValueError(f"reward: {spec!r}, expected letter:<one character>")
         return letter(rest)
-    if colon:
+    if kind == "grounding" and colon:
+        options = {"measure": rest, **options}
+    elif colon:
         function = import_function("reward", spec)
         return (lambda completion, record: function(completion, record, **options)) if options else function
     built_in = BUILT_IN.get(kind)
     if built_in is None:
         raise ValueError(
-            f"reward: {spec!r}, expected math, exact, preferred, gym, letter:<c>, bleu, answer_format, span_iou, judge, length_penalty, "
-            "overlong or module:function"
+            f"reward: {spec!r}, expected math, exact, preferred, gym, letter:<c>, bleu, answer_format, span_iou, entities, "
+            "grounding, text_entropy, judge, length_penalty, overlong or module:function"
         )
     try:
         return built_in(**options)
@@ -101,6 +105,19 @@ def preferred() -> RewardFn:
     return lambda completion, record: float(completion.strip() in [text.strip() for text in record["chosen"]])
 
 
+def text_entropy(unit: Literal["character", "word"] = "word") -> RewardFn:
+    """Entropy of the completion's own characters or words, nats: -sum p ln p of their relative frequencies; 0 of nothing."""
+    if unit not in ("character", "word"):
+        raise ValueError(f"text_entropy: unit={unit!r}, expected character or word")
+
+    def reward(completion: str, record: Record) -> float:
+        counts = Counter(completion if unit == "character" else completion.split()).values()
+        total = sum(counts)
+        return sum(n / total * numbers.log(total / n) for n in counts)
+
+    return reward
+
+
 def length_penalty(max_new: int) -> RewardFn:
     """Minus the share of the token limit `max_new` that the completion used, in [-1, 0]."""
     if max_new < 1:
@@ -130,7 +147,10 @@ BUILT_IN = {
     "bleu": bleu.reward,
     "answer_format": bleu.answer_format,
     "span_iou": spans.span_iou,
+    "entities": transcripts.entities,
+    "grounding": grounding.grounding,
     "preferred": preferred,
+    "text_entropy": text_entropy,
     "length_penalty": length_penalty,
     "overlong": overlong,
 }
