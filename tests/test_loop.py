@@ -224,6 +224,7 @@ def test_what_the_problems_contradict_is_refused_before_device_work(sections, li
 
 # What a method needs of the config besides its name; the rest of BASE is the same for all.
 NEEDS = {
+    "e_grpo": {"rewards": {"workers": 0, "parts": [{"reward": "length_penalty"}]}},  # `letters` sets both parts
     "rso": {"algorithm": {"name": "rso", "candidates": 8, "keep": 4}},
     "s_grpo": {"rollout": {"prompts": 2, "group_size": 3, "max_prompt": 10, "max_new": 16}},
 }
