@@ -100,7 +100,9 @@ class FileTask(Section):
         None, "regular expression whose first group is the final answer inside the field"
     )
     reward: str = described(
-        "math", "math, exact, preferred, letter:<c>, or module:function taking (completion, record)"
+        "math",
+        "math, exact, preferred, letter:<c>, entities, grounding, text_entropy, or module:function taking "
+        "(completion, record)",
     )
     reward_options: dict[str, Any] = described({}, "options of the reward")
 
@@ -118,7 +120,9 @@ Task = Annotated[GymTask | FileTask | CustomTask, Field(discriminator="kind")]
 
 class RewardPart(Section):
     reward: str = described(
-        ..., "math, exact, letter:<c>, judge, length_penalty, or module:function taking (completion, record)"
+        ...,
+        "math, exact, letter:<c>, entities, grounding:<measure>, text_entropy, judge, length_penalty, or module:function "
+        "taking (completion, record)",
     )
     weight: float = described(1.0, "factor of this part in the total reward")
     options: dict[str, Any] = described({}, "options of the part")
