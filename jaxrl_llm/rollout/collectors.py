@@ -81,7 +81,9 @@ def _with_target(record: Record) -> Record:
 def preference_rows(prompts: Sequence[Prompt], first_group: int = 0) -> Rows:
     """A group for each prompt of the completions that came with it: source GIVEN, no log-probs, reward 1 for each of
     record["chosen"] and 0 for each of record["rejected"]."""
-    said = [(p, g, r, t) for g, p in enumerate(prompts) for r, f in ((1, "chosen"), (0, "rejected")) for t in p.record[f]]
+    said = [
+        (p, g, r, t) for g, p in enumerate(prompts) for r, f in ((1, "chosen"), (0, "rejected")) for t in p.record[f]
+    ]
     if not said:
         return []
     encoded = yield Encode([text for *_, text in said])

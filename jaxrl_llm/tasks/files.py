@@ -131,7 +131,9 @@ def _given(config: FileTask, row: Row, where: str) -> dict[str, list[str]]:
         (missing,) = (name for side, name in names.items() if side not in given)
         raise ValueError(f"{where}: no field {missing!r}, expected it beside {there!r}")
     if both := set(given.get("chosen", ())) & set(given.get("rejected", ())):
-        raise ValueError(f"{where}: {sorted(both)[0][:60]!r} is both chosen and rejected, expected different completions")
+        raise ValueError(
+            f"{where}: {sorted(both)[0][:60]!r} is both chosen and rejected, expected different completions"
+        )
     return given
 
 
