@@ -3,8 +3,8 @@
     <- {"rewards": [{"name", "spec", "options"}, ...]}          first line
     -> {"ready": true} or {"failed": "why"}
     <- {"completion": text, "record": {...}, "cpu_seconds": s}  one row at a time
-    -> {"part": name, "value": number} or {"part": name, "cause": "error" | "invalid", "detail": text}, for every part
-    -> {"done": true, "children": bool}                         children: the row left processes running
+    -> {"part": name, "value": number} or {"part": name, "cause": "error" | "invalid", "detail": text}, for every part;
+       the last has "children": bool too: the row left processes running
 
 Reward code may print, close stdin, fork or exit: the protocol runs on private copies of the two pipes.
 """
@@ -75,15 +75,18 @@ def main() -> None:
         reply({"failed": str(error) or type(error).__name__})
         return
     reply({"ready": True})
+    last = list(rewards)[-1]
     while True:
         row = rows.get()
         # A second line of defence that needs no interpreter: endless computing dies even when the trainer was killed.
         signal.setitimer(signal.ITIMER_VIRTUAL, row["cpu_seconds"])
         for name, reward in rewards.items():
-            reply({"part": name, **call(reward, row["completion"], dict(row["record"]))})
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        sys.stdout.flush()
-        reply({"done": True, "children": has_children()})
+            answer = {"part": name, **call(reward, row["completion"], dict(row["record"]))}
+            if name == last:
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+                sys.stdout.flush()
+                answer["children"] = has_children()
+            reply(answer)
 
 
 if __name__ == "__main__":

@@ -174,7 +174,9 @@ class Scorer:
         usable = False
         try:
             worker.send(line, deadline)
-            while "done" not in (reply := worker.receive(deadline)):
+            reply: dict[str, Any] = {}
+            while "children" not in reply:
+                reply = worker.receive(deadline)
                 parts[reply["part"]] = self._value(reply["part"], reply)
             usable = not reply["children"]
         except TimeoutError:
