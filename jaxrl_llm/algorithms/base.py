@@ -35,9 +35,8 @@ class Needs(NamedTuple):
     # Completions per prompt below which the method learns nothing (2: baseline within the group): a config that asks for
     # fewer gets a warning, or is refused when `Algorithm.couples` is "block", as there is no loss then.
     min_group: int = 1
-    noise: int = (
-        0  # `Algorithm.rate` compares the gradients of this many parts of a minibatch's groups; causal scorer only
-    )
+    # `Algorithm.rate` compares the gradients of this many parts of a minibatch's groups; causal scorer only.
+    noise: int = 0
     given: Literal["none", "some", "all"] = "none"  # training problems that come with chosen and rejected completions
     pool: str = ""  # config field that says for how many training problems the method has room; "": for any number
 

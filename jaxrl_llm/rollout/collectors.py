@@ -53,24 +53,28 @@ def given_rows(prompts: Sequence[Prompt], groups: Sequence[int], template: str =
     if not prompts:
         return []
     tokens = yield Encode([fill("algorithm.render", template, _with_target(p.record)) for p in prompts])
-    rows = [
-        Row(
-            prompt=prompt,
-            context=prompt.tokens,
-            tokens=ids,
-            mask=np.ones(len(ids), bool),
-            sampler_logp=np.zeros(len(ids), np.float32),
-            policy_logp=np.zeros(len(ids), np.float32),
-            group=group,
-            source=GIVEN,
-            extras={"prompt_id": prompt.id},
-        )
-        for prompt, group, ids in zip(prompts, groups, tokens)
-    ]
+    rows = [_given(prompt, group, ids) for prompt, group, ids in zip(prompts, groups, tokens)]
     yield Score(rows)
     for row in rows:
         row.reward[:1], row.scored = 1.0, True
     return rows
+
+
+def _given(prompt: Prompt, group: int, tokens: np.ndarray, **fields: Any) -> Row:
+    """A row that trains every token of a completion no policy sampled."""
+    unknown = np.zeros(len(tokens), np.float32)
+    return Row(
+        prompt=prompt,
+        context=prompt.tokens,
+        tokens=tokens,
+        mask=np.ones(len(tokens), bool),
+        sampler_logp=unknown,
+        policy_logp=unknown,
+        group=group,
+        source=GIVEN,
+        extras={"prompt_id": prompt.id},
+        **fields,
+    )
 
 
 def _with_target(record: Record) -> Record:
@@ -81,26 +85,13 @@ def _with_target(record: Record) -> Record:
 def preference_rows(prompts: Sequence[Prompt], first_group: int = 0) -> Rows:
     """A group for each prompt of the completions that came with it: source GIVEN, no log-probs, reward 1 for each of
     record["chosen"] and 0 for each of record["rejected"]."""
-    said = [
-        (p, g, r, t) for g, p in enumerate(prompts) for r, f in ((1, "chosen"), (0, "rejected")) for t in p.record[f]
-    ]
+    sides = ((1, "chosen"), (0, "rejected"))
+    said = [(p, g, reward, text) for g, p in enumerate(prompts) for reward, side in sides for text in p.record[side]]
     if not said:
         return []
     encoded = yield Encode([text for *_, text in said])
     return [
-        Row(
-            prompt=prompt,
-            context=prompt.tokens,
-            tokens=tokens,
-            mask=np.ones(len(tokens), bool),
-            sampler_logp=np.zeros(len(tokens), np.float32),
-            policy_logp=np.zeros(len(tokens), np.float32),
-            group=first_group + group,
-            source=GIVEN,
-            reward=np.array([reward], np.float32),
-            text=text,
-            extras={"prompt_id": prompt.id},
-        )
+        _given(prompt, first_group + group, tokens, reward=np.array([reward], np.float32), text=text)
         for (prompt, group, reward, text), tokens in zip(said, encoded)
     ]
 
