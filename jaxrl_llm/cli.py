@@ -72,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
 
     methods = commands.add_parser("list", help="the methods, or one method and its fields")
     methods.add_argument("name", nargs="?", help="a method")
-    methods.add_argument("--markdown", action="store_true", help="the table of README.md")
+    methods.add_argument("--by-axis", action="store_true", help="the lines of README.md")
+    methods.add_argument("--document", action="store_true", help="all of docs/algorithms.md")
     methods.set_defaults(run=_list)
 
     bench = commands.add_parser(
@@ -186,8 +187,10 @@ def _list(args: argparse.Namespace) -> int:
 
     if args.name:
         print(listing.method(args.name))
+    elif args.document:
+        print(listing.document(), end="")
     else:
-        print(listing.markdown() if args.markdown else listing.methods())
+        print(listing.by_axis() if args.by_axis else listing.methods())
     return 0
 
 

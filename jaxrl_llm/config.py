@@ -192,7 +192,7 @@ class Importance(Section):
 class Learner(Section):
     epochs: int = described(1, "passes over a batch", ge=1)
     minibatches: int = described(1, "optimizer steps per pass", ge=1)
-    microbatch_rows: int = described(0, "rows per forward/backward; 0: the whole minibatch", ge=0)
+    microbatch_rows: int = described(0, "rows per forward/backward; 0: a whole minibatch, on a CPU 2,048 tokens", ge=0)
     old_logp: Literal["rescore", "sampler"] = described(
         "rescore",
         "old_logp from an extra forward of the learner, or the sampler's own (saves it; same numbers in float32)",

@@ -18,14 +18,42 @@ def methods() -> str:
     return _columns(rows)
 
 
-def markdown() -> str:
-    """The table of methods in README.md."""
-    lines = ["| method | what it changes | paper |", "|---|---|---|"]
+def by_axis() -> str:
+    """The lines of README.md: the methods by what they change."""
+    return "\n".join(f"- {axis}: {', '.join(f'`{name}`' for name in found)}" for axis, found in _axes().items())
+
+
+def document() -> str:
+    """docs/algorithms.md: one table of all methods by axis, then each with what its module says and its fields."""
+    table = [
+        "| method | axis | paper | spec from | keeps | extra cost |",
+        "|---|---|---|---|---|---|",
+    ]
+    pages = []
+    for axis, found in _axes().items():
+        for name in found:
+            p = algorithms.paper(name)
+            paper = f"[{p.arxiv}](https://arxiv.org/abs/{p.arxiv})" if p.arxiv else p.title
+            table.append(f"| [`{name}`](#{name}) | {axis} | {paper} | {p.confidence} | {p.state} | {p.cost} |")
+            pages += ["", f"## {name}", "", "```text", method(name), "```"]
+    return "\n".join([_HEAD, *table, *pages, ""])
+
+
+_HEAD = """# The methods
+
+Made by `jaxrl_llm list --document > docs/algorithms.md` from the modules themselves; a test compares them.
+
+"Spec from" says how sure we are: *code*, we read the authors' (or a well-known trainer's) code; *paper*, its full text or its
+formulas at second hand; *abstract*, only an abstract or reviews, so more than elsewhere is our reconstruction. Each module says
+what is our choice.
+"""
+
+
+def _axes() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
     for name in algorithms.names():
-        p = algorithms.paper(name)
-        link = f"[{p.title}](https://arxiv.org/abs/{p.arxiv})" if p.arxiv else p.title
-        lines.append(f"| `{name}` | {p.axis} | {link} |")
-    return "\n".join(lines)
+        found.setdefault(algorithms.paper(name).axis, []).append(name)
+    return dict(sorted(found.items()))
 
 
 def method(name: str) -> str:
