@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 
 LIMIT = 4 * 2**30  # bytes kept in our own directory
@@ -53,13 +54,17 @@ def use(where: str | None) -> Path | None:
 
 
 def quickly() -> dict[str, bool | int]:
-    """`compiler_options` for what takes longer to compile than it will run: on a CPU, XLA's older emitters with few
-    optimizations compile in half the time, and what they make may run a fifth slower. Elsewhere, none."""
+    """`compiler_options` for what takes longer to compile than it will run; none but on a CPU.
+
+    There few optimizations, and XLA's older emitters while it has them (jaxlib 0.10), compile in half the time; what they make
+    may run a fifth slower.
+    """
     import jax
 
     if jax.default_backend() != "cpu":
         return {}
-    return {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 1}
+    emitters = {"xla_cpu_use_fusion_emitters": False} if version("jaxlib").startswith("0.10.") else {}
+    return {"xla_backend_optimization_level": 1, **emitters}
 
 
 def own() -> Path:
