@@ -133,9 +133,11 @@ def learner(alg: Algorithm, splits: int, devices: tuple[int, ...] = (1, 1)) -> L
     """A learner at its beginning, with the method's own programs beside shared ones of the model."""
     made = copy.copy(programs(alg.needs.loss, devices))
     made.alg = alg._replace(rate=None)  # a step is the gradient itself
-    made._differentiate = jit(partial(gradients.differentiate, alg))
-    made._weigh = jit(partial(gradients.weigh, alg, CONFIG.learner.importance))
-    made._tune = lambda state, metrics, finite: state
+    made._run = made._run._replace(
+        differentiate=jit(partial(gradients.differentiate, alg)),
+        weigh=jit(partial(gradients.weigh, alg, CONFIG.learner.importance)),
+        tune=lambda state, metrics, finite: state,
+    )
     settings = learning.config(learner={"route": "joint", "microbatch_rows": nasty.ROWS // splits}).learner
     made.config = CONFIG.model_copy(update={"learner": settings})
     made.init(**{name: tree for name, tree in params(0).items() if name in made.labels})

@@ -15,24 +15,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxrl_llm.algorithms.base import Algorithm, Key, Noise, Report, keep
-from jaxrl_llm.compile_cache import quickly
 from jaxrl_llm.config import Config
 from jaxrl_llm.models import critic as critics
 from jaxrl_llm.models import decoder
 from jaxrl_llm.models.spec import ModelSpec
 from jaxrl_llm.sharding import rules
-from jaxrl_llm.training import gradients, layouts, noise, optim, updates
+from jaxrl_llm.training import gradients, layouts, noise, optim, programs, updates
 from jaxrl_llm.training.gradients import Model, PlugIn
 from jaxrl_llm.training.layouts import HostRows, Layout
 from jaxrl_llm.training.minibatches import minibatches
 from jaxrl_llm.training.state import CRITIC, POLICY, TrainState
 from jaxrl_llm.training.updates import NoGradientError, NonFiniteError
-from jaxrl_llm.types import Credit, Metrics, Params, Rollouts, State, Views, merge_metrics, take_rows
+from jaxrl_llm.types import Credit, Metrics, Params, Rollouts, State, Views, merge_metrics
 
 __all__ = ["Learner", "NoGradientError", "NonFiniteError"]
 
@@ -97,50 +95,12 @@ class Learner:
         self.shardings = rules.shardings(axes, self.shapes, mesh)
         per_step = alg.updates if alg.update else settings.epochs * settings.minibatches
         total = None if per_step is None else config.run.steps * per_step
-        optimizers = {POLICY: config.optimizer, CRITIC: config.critic or config.optimizer}
-        self._optimizers = {label: optim.make(optimizers[label], total) for label in self.labels}
+        chosen = {POLICY: config.optimizer, CRITIC: config.critic or config.optimizer}
+        optimizers = {label: optim.make(chosen[label], total) for label in self.labels}
         self._watch = updates.Watch(alg.name, settings.max_nonfinite)
-        self._compile({label: optim.schedule(optimizers[label], total) for label in self.labels})
-
-    def _compile(self, rates: dict[str, optax.Schedule]) -> None:
-        """The device programs. Layouts and names of views are static; whatever else changes does not recompile."""
-        model, alg, grads = self.model, self.alg, self.shardings
-        everywhere: Any = self._everywhere
-
-        def start(params: dict[str, Params]) -> dict[str, Any]:
-            return {label: optim.init(self._optimizers[label], params[label]) for label in self.labels}
-
-        def place(label: str, opt: Any) -> Any:
-            """Moments are sharded like their parameters; counters are everywhere."""
-            tx, moment = self._optimizers[label], lambda _, sharding: sharding
-            rest = lambda _: everywhere  # noqa: E731
-            return optax.tree.map_params(tx, moment, opt, grads[label], transform_non_params=rest)
-
-        opt = {label: place(label, shape) for label, shape in jax.eval_shape(start, self.shapes).items()}
-        self._placement = TrainState(grads, opt, *(everywhere,) * 3)
-        quick = partial(jax.jit, compiler_options=quickly())
-        jit = partial(quick, out_shardings=everywhere)
-        score = partial(gradients.score, model)
-        self._score = jax.jit(score, static_argnums=(0, 1), donate_argnums=3, out_shardings=everywhere)
-        self._differentiate = jit(partial(gradients.differentiate, alg))
-        self._weigh = jit(partial(gradients.weigh, alg, self.config.learner.importance))
-        self._add = jit(gradients.add)
-        self._take = jit(_take)
-        self._pick = jit(_select)
-        self._rate, self._square, self._noise = (jit(f) for f in (alg.rate or keep, noise.squared_norm, noise.measure))
-        self._tune = jit(lambda state, metrics, finite: _select(finite, alg.tune(state, metrics), state))
-        pull, fused = partial(gradients.pull, model, alg), partial(gradients.fused, model, alg)
-        self._pull = jax.jit(pull, static_argnums=0, donate_argnums=2, out_shardings=grads)
-        self._fused = jax.jit(fused, static_argnums=0, donate_argnums=2, out_shardings=(grads, everywhere))
-        self._sum = quick(partial(jax.tree.map, jnp.add), donate_argnums=0, out_shardings=grads)
-        self._zeros = quick(partial(gradients.zeros, self.shapes), out_shardings=grads)
-        self._start_optimizers = quick(start, out_shardings=opt)
-        self._apply = quick(
-            partial(updates.apply, self._optimizers, rates),
-            donate_argnums=0,
-            out_shardings=(self._placement, everywhere, everywhere),
-        )
-        self._copy = quick(partial(jax.tree.map, jnp.copy), out_shardings=grads[POLICY])
+        rates = {label: optim.schedule(chosen[label], total) for label in self.labels}
+        self._placement = programs.placement(optimizers, self.shapes, self.shardings, self._everywhere)
+        self._run = programs.make(self.model, alg, settings.importance, optimizers, rates, self.shapes, self._placement)
 
     def init(self, policy: Params, critic: Params | None = None, guide: Params | None = None) -> None:
         """Begin from these parameters; they are the learner's from here on, as updates donate them.
@@ -158,7 +118,7 @@ class Learner:
         params = jax.device_put(params, self.shardings)
         zero = partial(jnp.zeros, (), jnp.int32)
         counts = {label: zero() for label in self.labels}
-        self.load(TrainState(params, self._start_optimizers(params), counts, zero(), zero()))
+        self.load(TrainState(params, self._run.start(params), counts, zero(), zero()))
         if self.config.reference.mode != "none":
             self.sync_reference()
 
@@ -262,7 +222,7 @@ class Learner:
             for _ in range(settings.epochs):
                 for part in minibatches(rows, settings.minibatches, rng, settings.layout == "shared"):
                     some = host.take(part.index, part.block)
-                    some_rows, some_credit, views = self._take(*batch, part.index, part.block)
+                    some_rows, some_credit, views = self._run.take(*batch, part.index, part.block)
                     state, metrics = self._step(state, some, some_rows, some_credit, active, views)
                     batch = (*batch[:2], None)  # the parameters have moved: the views are no longer current
                     steps.append(metrics)
@@ -277,7 +237,9 @@ class Learner:
         """
         settings, host, names = self.config.learner, layouts.host_rows(rows), self.alg.needs.loss
         part, *_ = minibatches(rows, settings.minibatches, np.random.default_rng(0), settings.layout == "shared")
-        rows, credit, _ = self._take(*jax.device_put((rows, credit, None), self._everywhere), part.index, part.block)
+        rows, credit, _ = self._run.take(
+            *jax.device_put((rows, credit, None), self._everywhere), part.index, part.block
+        )
         host = host.take(part.index, part.block)
         layout, (piece, *_), piece_of = self._arrange(rows, host, len(host.tokens))
         heat, read = self._heat(None), self._read(rows)
@@ -286,26 +248,26 @@ class Learner:
         everywhere = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._everywhere))
         train = shape(replace(self.train, reference=None))
         with jax.set_mesh(self.mesh):
-            credit, _, signal = self._weigh(state, rows, credit)
-            grads = shape(self._zeros.lower().compile().out_info)
-            programs = []
+            credit, _, signal = self._run.weigh(state, rows, credit)
+            grads = shape(self._run.zeros.lower().compile().out_info)
+            ahead = []
             if self._fuses(piece_of, host.block):
-                programs.append(self._fused.lower(layout, train.params, grads, piece, state, rows, credit, heat))
-                loss = everywhere(programs[-1].out_info[1])
+                ahead.append(self._run.fused.lower(layout, train.params, grads, piece, state, rows, credit, heat))
+                loss = everywhere(ahead[-1].out_info[1])
             else:
                 out = everywhere(jax.eval_shape(lambda: gradients.no_views(names, rows.tokens.shape, self.model.wide)))
                 params = {label: train.params[label] for label in gradients.labels(names)}
-                programs.append(self._score.lower(layout, names, params, out, piece, heat, read))
-                programs.append(self._differentiate.lower(state, out, rows, credit))
-                loss, cotangents = everywhere(programs[-1].out_info)
-                programs.append(self._pull.lower(layout, train.params, grads, piece, cotangents, heat, read))
-            programs.append(self._apply.lower(train, grads, loss, on, signal, self._heat(None)))
-            for program in programs:
+                ahead.append(self._run.score.lower(layout, names, params, out, piece, heat, read))
+                ahead.append(self._run.differentiate.lower(state, out, rows, credit))
+                loss, cotangents = everywhere(ahead[-1].out_info)
+                ahead.append(self._run.pull.lower(layout, train.params, grads, piece, cotangents, heat, read))
+            ahead.append(self._run.apply.lower(train, grads, loss, on, signal, self._heat(None)))
+            for program in ahead:
                 program.compile()
 
     def sync_reference(self) -> None:
         """Copy the policy into the frozen reference, on the devices or in host memory as `reference.mode` says."""
-        copy = jax.device_put(self._copy(self.train.params[POLICY]), self._reference_placement())
+        copy = jax.device_put(self._run.copy(self.train.params[POLICY]), self._reference_placement())
         self.train = replace(self.train, reference=copy)
 
     # -------------------------------------------------------------------------------------------------- how it is done
@@ -325,31 +287,31 @@ class Learner:
         on = {label: active is None or active[label] for label in self.labels}
         state, rows, credit, on = jax.device_put((state, rows, credit, on), self._everywhere)
         with jax.set_mesh(self.mesh):
-            credit, sampling, signal = self._weigh(state, rows, credit)
-            grads, rate, rated = self._zeros(), self._heat(None), state
+            credit, sampling, signal = self._run.weigh(state, rows, credit)
+            grads, rate, rated = self._run.zeros(), self._heat(None), state
             if self._fuses(piece_of, host.block):
                 losses = []
                 for piece in pieces:
-                    grads, part = self._fused(layout, train.params, grads, piece, state, rows, credit, heat)
+                    grads, part = self._run.fused(layout, train.params, grads, piece, state, rows, credit, heat)
                     losses.append(part)
-                loss = reduce(self._add, losses)
+                loss = reduce(self._run.add, losses)
             else:
                 if current is None:
                     current = self._views(train.params, layout, pieces, rows, names, heat)
-                loss, cotangents = self._differentiate(state, current, rows, credit)
+                loss, cotangents = self._run.differentiate(state, current, rows, credit)
                 pull = partial(self._pulled, cotangents, heat, self._read(rows))
                 if self.alg.rate is None:
                     grads = pull(grads, layout, pieces)
                 else:
                     grads, measured = self._in_parts(rows, host, pull)
-                    rate, rated = self._rate(state, measured)
-            moved, metrics, health = self._apply(replace(train, reference=None), grads, loss, on, signal, rate)
+                    rate, rated = self._run.rate(state, measured)
+            moved, metrics, health = self._run.apply(replace(train, reference=None), grads, loss, on, signal, rate)
             self.train = replace(moved, reference=train.reference)
             metrics |= sampling
             if self.alg.rate is not None:
-                state = self._pick(health.finite, rated, state)
+                state = self._run.pick(health.finite, rated, state)
             if self.alg.tune is not keep:
-                state = self._tune(state, metrics, health.finite)
+                state = self._run.tune(state, metrics, health.finite)
         self._watch.seen.append(health)
         self.version += 1
         return state, metrics
@@ -378,18 +340,18 @@ class Learner:
     ) -> dict[str, Params]:
         """`grads` plus the cotangents pulled back through these pieces."""
         for piece in pieces:
-            grads = self._pull(layout, self.train.params, grads, piece, cotangents, heat, read)
+            grads = self._run.pull(layout, self.train.params, grads, piece, cotangents, heat, read)
         return grads
 
     def _in_parts(self, rows: Rollouts, host: HostRows, pull: Callable[..., Any]) -> tuple[dict[str, Params], Noise]:
         """The gradient, pulled back for one part of the groups after another, and how noisy it is."""
-        grads, squares = self._zeros(), []
+        grads, squares = self._run.zeros(), []
         for part in noise.parts(host, np.asarray(rows.group), self.alg.needs.noise):
             layout, pieces, _ = self._arrange(rows, part, len(host.tokens))
-            own = pull(self._zeros(), layout, pieces)
-            squares.append(self._square(own))
-            grads = self._sum(grads, own)
-        return grads, self._noise(self._square(grads), jnp.stack(squares))
+            own = pull(self._run.zeros(), layout, pieces)
+            squares.append(self._run.square(own))
+            grads = self._run.sum(grads, own)
+        return grads, self._run.noise(self._run.square(grads), jnp.stack(squares))
 
     def _views(
         self,
@@ -403,7 +365,7 @@ class Learner:
         params = {label: params[label] for label in gradients.labels(names)}
         out = jax.device_put(gradients.no_views(names, rows.tokens.shape, self.model.wide), self._everywhere)
         for piece in pieces:
-            out = self._score(layout, names, params, out, piece, heat, self._read(rows))
+            out = self._run.score(layout, names, params, out, piece, heat, self._read(rows))
         return out
 
     def _read(self, rows: Rollouts) -> Rollouts | None:
@@ -441,15 +403,3 @@ class Learner:
         if self.config.reference.mode == "host":
             return jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), place)
         return place
-
-
-def _take(
-    rows: Rollouts, credit: Credit, views: Views | None, index: Array, block: Array
-) -> tuple[Rollouts, Credit, Views | None]:
-    """A minibatch of rows, credit and views by index."""
-    rows, credit = take_rows(rows, credit, index)
-    return rows.with_(block=block), credit, jax.tree.map(lambda v: v[jnp.maximum(index, 0)], views)
-
-
-def _select(on: Array, new: State, old: State) -> State:
-    return jax.tree.map(lambda a, b: jnp.where(on, a, b), new, old)
