@@ -46,6 +46,10 @@ def nasty(completion, record):
 def environment(completion, record):
     return float(completion in os.environ)
 
+def noted(completion, record):
+    with open(record["file"], "a") as file: file.write(record["name"] + " ")
+    return nasty(completion, {"file": record["file"] + ".pids"})
+
 def imported(completion, record):
     return float(completion in sys.modules)
 
@@ -157,6 +161,17 @@ def test_results_keep_their_order_and_do_not_depend_on_the_number_of_workers():
     for workers in (0, 1, 3):
         with Scorer([LENGTH, RewardSpec("x", "letter:x")], workers) as scorer:
             assert scorer.score(rows) == [{"length": 2.0 * (i % 7), "x": float(i % 7 > 0)} for i in range(60)]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_rows_sent_ahead_of_a_bad_one_are_scored_once(tmp_path, workers):
+    bad = {5: "sleep", 9: "leave", 10: "leave a child", 30: "raise"}
+    file = tmp_path / "rows"
+    rows = [(bad.get(i, "good"), {"name": str(i), "file": str(file)}) for i in range(40)]
+    with Scorer([RewardSpec("noted", "nasty_rewards:noted")], workers, timeout=2.5) as scorer:
+        values = [parts["noted"] for parts in scorer.score(rows)]
+    assert [i for i, value in enumerate(values) if value is None] == [5, 9, 30]
+    assert sorted(map(int, file.read_text().split())) == [*range(40)]
 
 
 def test_without_workers_failures_are_counted_too():

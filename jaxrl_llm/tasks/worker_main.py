@@ -2,9 +2,9 @@
 
     <- {"rewards": [{"name", "spec", "options"}, ...]}          first line
     -> {"ready": true} or {"failed": "why"}
-    <- {"completion": text, "record": {...}, "cpu_seconds": s}  one row at a time
+    <- {"completion": text, "record": {...}, "cpu_seconds": s}  a row; more may come before it is answered
     -> {"part": name, "value": number} or {"part": name, "cause": "error" | "invalid", "detail": text}, for every part;
-       the last has "children": bool too: the row left processes running
+       the last has "children": bool too: the row left processes running, and no other row is begun
 
 Reward code may print, close stdin, fork or exit: the protocol runs on private copies of the two pipes.
 """
@@ -76,7 +76,8 @@ def main() -> None:
         return
     reply({"ready": True})
     last = list(rewards)[-1]
-    while True:
+    answer: dict[str, Any] = {}
+    while not answer.get("children"):  # else the trainer stops this process, and another has the next rows
         row = rows.get()
         # A second line of defence that needs no interpreter: endless computing dies even when the trainer was killed.
         signal.setitimer(signal.ITIMER_VIRTUAL, row["cpu_seconds"])

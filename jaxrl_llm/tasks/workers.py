@@ -1,7 +1,7 @@
 """Rewards in killable processes: whatever reward code does costs its row, never the run.
 
-A worker process has its own session and process group and scores one row at a time; past the time limit the whole group is
-killed and a new worker started. Nothing is pickled: JSON lines over pipes (`worker_main`).
+A worker process has its own session and process group and scores one row after another; when one takes longer than the time
+limit the whole group is killed and a new worker started. Nothing is pickled: JSON lines over pipes (`worker_main`).
 """
 
 import contextlib
@@ -14,10 +14,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from queue import SimpleQueue
+from itertools import islice
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 from jaxrl_llm.tasks.base import Record, RewardSpec
@@ -31,6 +32,7 @@ Parts = dict[str, float | None]  # unweighted reward parts by name; None: could 
 
 CAUSES = ("timeout", "error", "crash", "invalid")
 _START_SECONDS = 120.0  # for a worker to import its rewards; not charged to any row
+_AHEAD = 32  # rows a worker may have
 _STARTS = 3  # tries to start a worker before the run is told
 _VARIABLES = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
 
@@ -145,35 +147,60 @@ class Scorer:
         self.close()
 
     def _serve(self) -> None:
-        """One thread per worker process: start it, give it rows, replace it when a row has cost it its life."""
+        """One thread per worker process: start it, give it rows, replace it when a row has cost it its life.
+
+        The process has the next rows before it has answered: a reply and a row that cross cost no waiting. Rows that a lost
+        process still had go to the next one.
+        """
         worker: _Worker | None = None
         broken: ValueError | None = None
+        jobs: deque[_Job] = deque()  # unanswered, oldest first
+        sent = 0  # of these, to the worker
         while not self._closed:
             if worker is None and broken is None:
                 try:
-                    worker = self._start()
+                    worker, sent = self._start(), 0
                 except ValueError as error:
                     broken = error
-            if (job := self._jobs.get()) is None:
+            if not self._take(jobs):
                 break
             if worker is None:
+                job = jobs.popleft()
                 job.future.cancel() if self._closed else job.future.set_exception(broken or ValueError("no worker"))
                 continue
-            parts, usable = self._row(worker, job.line)
+            parts, usable = self._row(worker, b"".join(job.line for job in islice(jobs, sent, None)))
+            job = jobs.popleft()
+            sent = len(jobs)
             if not usable:
                 self._stop(worker)
                 worker = None
             job.future.cancel() if self._closed else job.future.set_result(parts)
+        for job in jobs:
+            job.future.cancel()
         if worker is not None:
             self._stop(worker)
 
-    def _row(self, worker: "_Worker", line: bytes) -> tuple[Parts, bool]:
-        """A row's parts, and whether the worker can take another row."""
+    def _take(self, jobs: "deque[_Job]") -> bool:
+        """Wait for a row unless there is one; take more ahead as long as all workers have some. False: no more will come."""
+        while not jobs or len(jobs) < min(_AHEAD, self._jobs.qsize() // len(self._threads)):
+            try:
+                job = self._jobs.get(block=not jobs)
+            except Empty:  # another worker was faster
+                break
+            if job is None:
+                if jobs:  # first finish these
+                    self._jobs.put(None)
+                break
+            jobs.append(job)
+        return bool(jobs)
+
+    def _row(self, worker: "_Worker", lines: bytes) -> tuple[Parts, bool]:
+        """Send `lines`; the parts of the oldest unanswered row, and whether the worker can take another row."""
         deadline = time.monotonic() + self._timeout
         parts: Parts = {}
         usable = False
         try:
-            worker.send(line, deadline)
+            worker.send(lines, deadline)
             reply: dict[str, Any] = {}
             while "children" not in reply:
                 reply = worker.receive(deadline)
