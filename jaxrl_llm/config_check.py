@@ -6,6 +6,7 @@ import difflib
 import json
 import typing
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -180,11 +181,19 @@ def check_method(config: Config) -> Config:
     name = fields.pop("name", None)
     if not isinstance(name, str):
         raise ValueError(f"algorithm.name={name!r}: expected the name of a method (jaxrl_llm list)")
+    alg, fields = method(name, fields)
+    _needs(config, alg.name, alg)
+    return config.model_copy(update={"algorithm": {"name": name, **fields}})
+
+
+def method(name: str, fields: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A method from plain values of its fields (imports jax), and the values in the types it declares."""
     from jaxrl_llm import algorithms
 
     cls = algorithms.config_class(name)
     hints = typing.get_type_hints(cls)
     valid = [f.name for f in dataclasses.fields(cls)]
+    typed = {}
     for key, value in fields.items():
         if key not in valid:
             near = difflib.get_close_matches(key, valid, 1)
@@ -193,16 +202,14 @@ def check_method(config: Config) -> Config:
                 f"algorithm.{key}={value!r}: {name} has no such field, expected one of {', '.join(valid)}{hint}"
             )
         try:
-            fields[key] = coerce(hints[key], value)
+            typed[key] = coerce(hints[key], value)
         except ValueError as error:
             raise ValueError(f"algorithm.{key}={value!r}: {error}") from None
     try:
-        alg = algorithms.make(name, **fields)
+        return algorithms.make(name, **typed), typed
     except ValueError as error:
         text = " ".join(str(error).split())
         raise ValueError(text if text.startswith("algorithm") else f"algorithm: {name}: {text}") from None
-    _needs(config, alg.name, alg)
-    return config.model_copy(update={"algorithm": {"name": name, **fields}})
 
 
 def coerce(hint: Any, value: Any) -> Any:

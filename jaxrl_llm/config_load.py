@@ -66,7 +66,7 @@ def load_unchecked(path: str | Path | Sequence[str | Path], overrides: Sequence[
         data = _merge(data, _read(Path(one)))
         if Path(one).is_dir():  # it may have moved since it wrote its config
             data = _merge(data, {"run": {"dir": str(one)}})
-    assignments = [_assignment(text) for text in overrides]
+    assignments = [assignment(text) for text in overrides]
     tags = [f"{section}.{tag}" for section, tag in TAGS.items()]
     for key, value in sorted(assignments, key=lambda kv: kv[0] not in tags):  # tags first: they may clear a section
         data = _assign(data, key, value)
@@ -123,7 +123,8 @@ def _restarts(section: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> b
     return tag is not None and tag in new and new[tag] != old.get(tag)
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def assignment(text: str) -> tuple[str, Any]:
+    """The dotted key and the value, read as YAML, of an override."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ValueError(f"{text}: expected an override key=value, such as rollout.group_size=8")
