@@ -108,7 +108,7 @@ def assert_same(a, b, margins, atol=1e-5):
         assert x.stop == y.stop
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3_moe"])
 def test_greedy_is_the_argmax_of_a_plain_forward_pass(family):
     spec = tiny.spec(family)
     params = sharp(spec, 3)
@@ -287,6 +287,17 @@ class counting_compilations:
 
     def __exit__(self, *_):
         jax.monitoring.unregister_event_duration_listener(self.listener)
+
+
+def test_a_mesh_splits_experts_and_samples_the_same():
+    spec = tiny.spec("qwen3_moe")
+    params, sizes = sharp(spec), {"fsdp": 2, "tp": 2}
+    mesh = make_mesh(config.Mesh(**sizes), jax.devices()[:4])
+    alone = engine(spec, params, slots=8)
+    expected = flat(alone.generate(CONTEXTS, COUNTS, seed=0, step=0))
+    split = jax.device_put(params, rules.shardings(decoder.logical_axes(spec), params, mesh))
+    found = flat(engine(spec, split, mesh, slots=8).generate(CONTEXTS, COUNTS, seed=0, step=0))
+    assert_same(expected, found, alone.stats["item_margins"])
 
 
 @pytest.mark.parametrize("shape", [{"fsdp": 4}, {"fsdp": 2, "tp": 2}, {"dp": 2, "tp": 2}], ids=str)

@@ -137,6 +137,9 @@ def test_tokens_per_second_counts_completion_tokens_of_fresh_rows():
 def test_training_flops_are_six_per_parameter_and_token_plus_causal_attention():
     spec = tiny.spec("qwen3")  # 2 layers, 4 heads of width 8
     assert metrics.training_flops(spec, 1000, [10, 2]) == 6 * 1000 * 12 + 6 * 2 * 4 * 8 * (100 + 4)
+    moe = tiny.spec("qwen3_moe")  # of 4 experts of width 12 in 2 of 3 layers, a token takes 2
+    used = 5000 - 2 * 2 * 3 * 16 * 12
+    assert metrics.training_flops(moe, 5000, [10]) == 6 * used * 10 + 6 * 3 * 4 * 8 * 100
     assert metrics.mfu(3e12, 2.0, devices=3, peak=1e12) == 0.5
 
 

@@ -28,6 +28,18 @@ def config(tmp_path_factory):
     return lambda *overrides: config_load.load(path, list(overrides))
 
 
+EXPERTS = [
+    f"model.spec.{key}={value}"
+    for key, value in {
+        "model_type": "qwen3_moe",
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "mlp_only_layers": "[0]",
+    }.items()
+]
+
+
 def size(tree):
     return sum(x.size for x in jax.tree.leaves(tree))
 
@@ -42,8 +54,9 @@ def test_the_shared_layout_runs_a_prompt_once_for_its_group(config):
     assert (p.layout.sequences, p.layout.slots, p.layout.length) == (8, 4, 16 + 4 * 8)
 
 
-def test_parameters_and_moments_are_those_of_the_real_trees(config):
-    c = config()
+@pytest.mark.parametrize("changes", [[], EXPERTS], ids=["dense", "experts"])
+def test_parameters_and_moments_are_those_of_the_real_trees(config, changes):
+    c = config(*changes)
     p = plan.make(c, 1)
     params = decoder.init(p.spec, jax.random.key(0))
     opt = optim.init(optim.make(c.optimizer, 10), params)
@@ -74,9 +87,10 @@ def test_plain_sgd_keeps_no_moments(config):
     assert plan.make(config("optimizer.name=sgd"), 1).memory["policy moments"] == 0
 
 
+@pytest.mark.parametrize("changes", [[], EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_activations_are_within_a_factor_of_two_of_what_xla_allocates(config, remat):
-    c = config(f"model.remat={remat}", "rollout.prompts=64")
+def test_activations_are_within_a_factor_of_two_of_what_xla_allocates(config, remat, changes):
+    c = config(f"model.remat={remat}", "rollout.prompts=64", *changes)
     p = plan.make(c, 1)
     n, s, k = p.layout.sequences, p.layout.length, p.layout.slots * p.layout.completion
     ints = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in [(n, s)] * 3 + [(n, k)] * 3]

@@ -14,7 +14,7 @@ from jaxrl_llm.models import attention, decoder, scorers
 from jaxrl_llm.sharding import rules
 from jaxrl_llm.sharding.mesh import AXES, make_mesh
 
-MESHES = [{"fsdp": 1}, {"fsdp": 4}, {"fsdp": 2, "tp": 2}, {"dp": 2, "fsdp": 1, "tp": 2}]
+MESHES = [{"fsdp": 1}, {"fsdp": 4}, {"fsdp": 2, "tp": 2}, {"dp": 2, "fsdp": 1, "tp": 2}, {"fsdp": 2, "ep": 2}]
 
 
 def mesh_of(sizes):
@@ -31,8 +31,9 @@ def loss(spec, params, tokens):
     return -views["logp"].mean() + 0.1 * views["entropy"].mean()
 
 
-def test_loss_and_gradients_are_the_same_on_every_mesh():
-    spec = tiny.spec("qwen3", attention_bias=True)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_loss_and_gradients_are_the_same_on_every_mesh(family):
+    spec = tiny.spec(family, attention_bias=True)
     params, tokens = tiny.params(spec), tiny.tokens(8, 10)
     expected, gradient = jax.jit(jax.value_and_grad(lambda p: loss(spec, p, tokens)))(params)
     for sizes in MESHES:

@@ -32,6 +32,19 @@ LLAMA3 = {
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": {**BASE, "model_type": "qwen2", "rope_theta": 1e4, "tie_word_embeddings": True},
     "qwen3": {**BASE, "model_type": "qwen3", "head_dim": 8, "rope_theta": 1e6, "tie_word_embeddings": False},
+    "qwen3_moe": {
+        **BASE,
+        "model_type": "qwen3_moe",
+        "head_dim": 8,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+        "num_hidden_layers": 3,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+    },
     "llama": {
         **BASE,
         "model_type": "llama",

@@ -1,13 +1,16 @@
 """One pre-norm decoder with grouped attention, gated MLP and rotary positions; `ModelSpec` says which family it is.
 
 `Decoder` (Flax NNX) defines the parameters and their logical axes. Everything that computes is a function of the plain
-nested dict of arrays that `init` returns, decoder layers stacked on a leading axis.
+nested dict of arrays that `init` returns, decoder layers stacked on a leading axis. Where some layers have experts and some
+an MLP, the parameters of each kind are stacked over the layers that have them.
 
-Letters: B batch, S positions, D embed, H heads, K key/value heads, hd head width, F mlp, V vocabulary, N layers.
+Letters: B batch, S positions, D embed, H heads, K key/value heads, hd head width, F mlp, V vocabulary, N layers, M layers with
+experts, E experts, k experts of a token.
 """
 
 from functools import partial
-from typing import Any, Literal
+from itertools import groupby
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +18,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.models import experts
 from jaxrl_llm.models.attention import Attend, LayerInfo, accumulator
 from jaxrl_llm.models.spec import SILU, ModelSpec
 from jaxrl_llm.sharding.rules import constrain, ways
 from jaxrl_llm.types import Params
 
 Remat = Literal["auto", "none", "dots", "full"]
+
+DENSE, EXPERTS = ("gate", "up", "down"), "experts"  # parameters of layers without and with experts
 
 ACTIVATIONS = {SILU: jax.nn.silu}
 # What "auto" lets the backward pass keep on a CPU, where computing again is no slower than reading back, and elsewhere
@@ -30,6 +36,15 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+class Kept(NamedTuple):
+    """What a layer leaves besides the residual stream; of `forward`, stacked on a leading axis."""
+
+    attend: Any  # what `attend` kept; over N layers
+    routes: (
+        Int[Array, "M B S k"] | None
+    )  # ids of the experts every position went to; over M layers. None without experts
 
 
 class Layers(nnx.Module):
@@ -54,9 +69,25 @@ class Layers(nnx.Module):
             self.q_norm = _constant(1, dtype, (n, hd), ("layers", None))
             self.k_norm = _constant(1, dtype, (n, hd), ("layers", None))
         self.mlp_norm = _constant(1, dtype, (n, d), ("layers", None))
-        self.gate = normal((n, d, f), ("layers", "embed", "mlp"), d**-0.5)
-        self.up = normal((n, d, f), ("layers", "embed", "mlp"), d**-0.5)
-        self.down = normal((n, f, d), ("layers", "mlp", "embed"), out * f**-0.5)
+        if n := spec.sparse.count(False):
+            self.gate = normal((n, d, f), ("layers", "embed", "mlp"), d**-0.5)
+            self.up = normal((n, d, f), ("layers", "embed", "mlp"), d**-0.5)
+            self.down = normal((n, f, d), ("layers", "mlp", "embed"), out * f**-0.5)
+        if spec.experts:
+            self.experts = ExpertLayers(spec, rngs, dtype)
+
+
+class ExpertLayers(nnx.Module):
+    """Routers and experts of the layers that have them, stacked."""
+
+    def __init__(self, spec: ModelSpec, rngs: nnx.Rngs, dtype: Any):
+        assert spec.experts is not None
+        m, d, e, f = spec.sparse.count(True), spec.embed, spec.experts.count, spec.experts.mlp
+        normal = partial(_normal, rngs, dtype)
+        self.router = normal((m, d, e), ("layers", "embed", None), d**-0.5)
+        self.gate = normal((m, e, d, f), ("layers", "experts", "embed", "mlp"), d**-0.5)
+        self.up = normal((m, e, d, f), ("layers", "experts", "embed", "mlp"), d**-0.5)
+        self.down = normal((m, e, f, d), ("layers", "experts", "mlp", "embed"), (2 * spec.layers * f) ** -0.5)
 
 
 class Decoder(nnx.Module):
@@ -102,7 +133,24 @@ def layer_infos(spec: ModelSpec) -> list[LayerInfo]:
 
 def unstack(spec: ModelSpec, params: Params) -> list[Params]:
     """Parameters layer by layer, for layers run one by one."""
-    return [jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(spec.layers)]
+    return [jax.tree.map(lambda w: w[0], some_layers(spec, params, i, i + 1)) for i in range(spec.layers)]
+
+
+def own_parts(spec: ModelSpec, layers: Params, i: int) -> Params:
+    """Of stacked layer parameters (or of something for each of them) what layer `i` has."""
+    other = DENSE if spec.sparse[i] else (EXPERTS,)
+    return {name: part for name, part in layers.items() if name not in other}
+
+
+def some_layers(spec: ModelSpec, params: Params, first: int, end: int) -> Params:
+    """Parameters of layers `first` to before `end`, which all have experts or all an MLP."""
+    alike = spec.sparse[:first].count(spec.sparse[first])  # earlier layers of this kind
+
+    def cut(name: str, part: Params) -> Params:
+        start = alike if name in (*DENSE, EXPERTS) else first
+        return jax.tree.map(lambda w: w[start : start + end - first], part)
+
+    return {name: cut(name, part) for name, part in own_parts(spec, params["layers"], first).items()}
 
 
 def embed(spec: ModelSpec, params: Params, tokens: Int[Array, "B S"], dtype: Any) -> Float[Array, "B S D"]:
@@ -168,8 +216,12 @@ def block(
     cos: Float[Array, "B S hd/2"],
     sin: Float[Array, "B S hd/2"],
     attend: Attend,
-) -> tuple[Float[Array, "B S D"], Any]:
-    """One layer in the dtype of `x`. Returns the residual stream and what `attend` kept."""
+    replay: Int[Array, "B S k"] | None = None,
+) -> tuple[Float[Array, "B S D"], Kept]:
+    """One layer in the dtype of `x`. Returns the residual stream and what is kept.
+
+    replay: experts that positions go to instead of those the router would choose; -1 leaves it the choice.
+    """
     p = jax.tree.map(lambda w: w.astype(x.dtype), layer_params)
     h = rms_norm(x, p["attn_norm"], spec.norm_eps)
     q, k, v = (project(h, p[name]) for name in ("q", "k", "v"))
@@ -184,14 +236,22 @@ def block(
     out = project(out.reshape(*x.shape[:2], -1), p["o"].reshape(-1, spec.embed))
     x = constrain(x + (out + p["o_bias"] if spec.o_bias else out), "batch", "seq", None)
     h = rms_norm(x, p["mlp_norm"], spec.norm_eps)
-    h = ACTIVATIONS[spec.act](project(h, p["gate"])) * project(h, p["up"])
-    h = project(constrain(h, "batch", "seq", "mlp"), p["down"])
-    return constrain(x + h, "batch", "seq", None), y
+    act, routes = ACTIVATIONS[spec.act], None
+    if spec.experts and EXPERTS in p:
+        h, routes = experts.mix(spec.experts, p[EXPERTS], h, act, replay)
+    else:
+        h = act(project(h, p["gate"])) * project(h, p["up"])
+        h = project(constrain(h, "batch", "seq", "mlp"), p["down"])
+    return constrain(x + h, "batch", "seq", None), Kept(y, routes)
 
 
 def kept_products(spec: ModelSpec, dtype: Any) -> int:
-    """Bytes of the residual stream and of all products with weights, of one token in one layer."""
-    numbers = 3 * spec.embed + (spec.heads + 2 * spec.kv_heads) * spec.head_dim + 2 * spec.mlp
+    """Bytes of the residual stream and of all products with weights, of one token in all layers."""
+    dense, sparse = spec.sparse.count(False), spec.sparse.count(True)
+    numbers = spec.layers * (2 * spec.embed + (spec.heads + 2 * spec.kv_heads) * spec.head_dim)
+    numbers += dense * (spec.embed + 2 * spec.mlp)
+    if spec.experts:
+        numbers += sparse * experts.kept_products(spec.experts, spec.embed)
     return numbers * jnp.dtype(dtype).itemsize
 
 
@@ -201,7 +261,7 @@ def fitting_remat(spec: ModelSpec, tokens: int, dtype: Any) -> Remat:
     if jax.default_backend() != "cpu":
         stats = jax.local_devices()[0].memory_stats() or {}
         room = KEPT_SHARE * stats.get("bytes_limit", SMALL_DEVICE)
-    return "dots" if kept_products(spec, dtype) * tokens * spec.layers <= room else "full"
+    return "dots" if kept_products(spec, dtype) * tokens <= room else "full"
 
 
 def forward(
@@ -213,12 +273,14 @@ def forward(
     *,
     dtype: Any = jnp.float32,
     remat: Remat = "none",
-) -> tuple[Float[Array, "B S D"], Any]:
-    """Hidden states after the final norm, and what `attend` kept, stacked over layers on a leading axis.
+    replay: Int[Array, "M B S k"] | None = None,
+) -> tuple[Float[Array, "B S D"], Kept]:
+    """Hidden states after the final norm, and what the layers kept.
 
-    `positions` are those of the rotary embedding; `attend` alone decides who sees whom. Layers run in a scan, so
-    compile time does not grow with depth. `remat`: what the backward pass recomputes of a layer: nothing ("none"), all but
-    products with weights ("dots"), everything ("full"); "auto" is "dots" where those products fit.
+    `positions` are those of the rotary embedding; `attend` alone decides who sees whom. Layers run in a scan, or one for
+    each run of layers of a kind, so compile time does not grow with depth. `remat`: what the backward pass recomputes of a
+    layer: nothing ("none"), all but products with weights ("dots"), everything ("full"); "auto" is "dots" where those
+    products fit. `replay`: experts that positions go to, as `Kept.routes` has them; -1 leaves the router the choice.
     """
     if remat == "auto":
         remat = fitting_remat(spec, tokens.size // ways("batch"), dtype)
@@ -226,12 +288,29 @@ def forward(
     cos, sin = rope(spec, positions, dtype)
     mixed = len(set(spec.windows)) > 1  # one window for all stays static
 
-    def layer(x: Array, p_window: tuple[Params, Array | None]) -> tuple[Array, Any]:
-        p, window = p_window
-        return block(spec, p, LayerInfo(window if mixed else spec.windows[0], spec.scale), x, cos, sin, attend)  # type: ignore[arg-type]
+    def layer(x: Array, own: tuple[Params, Array | None, Array | None]) -> tuple[Array, Kept]:
+        p, window, route = own
+        info = LayerInfo(window if mixed else spec.windows[0], spec.scale)  # type: ignore[arg-type]
+        return block(spec, p, info, x, cos, sin, attend, route)
 
     if remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
     windows = jnp.asarray(spec.windows, jnp.int32) if mixed else None
-    x, ys = jax.lax.scan(layer, x, (params["layers"], windows))
-    return final_norm(spec, params, x), ys
+    kept: list[Kept] = []
+    end = routed = 0
+    for sparse, run in groupby(spec.sparse):
+        first, end = end, end + len(list(run))
+        route = None
+        if replay is not None and sparse:
+            route, routed = replay[routed : routed + end - first], routed + end - first
+        window = None if windows is None else windows[first:end]
+        x, own = jax.lax.scan(layer, x, (some_layers(spec, params, first, end), window, route))
+        kept.append(own)
+    return final_norm(spec, params, x), _stacked(kept)
+
+
+def _stacked(kept: list[Kept]) -> Kept:
+    """What runs of layers kept, as one."""
+    routes = [own.routes for own in kept if own.routes is not None]
+    attend = jax.tree.map(lambda *runs: jnp.concatenate(runs), *(own.attend for own in kept))
+    return Kept(attend, jnp.concatenate(routes) if routes else None)

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,13 +45,14 @@ TOKENIZER_FILES = (
 class Tensor(NamedTuple):
     """Where a tensor of the file lives in the parameter tree, and how.
 
-    `shape` is the shape on disk with the head axes split; `axes` permutes it to ours. `split` is the disk axis that the
-    two head axes make, or None.
+    `at` are the indices of the leading axes on which tensors are stacked: the layer among those that have such a tensor, and
+    the expert. `shape` is the shape on disk with the head axes split; `axes` permutes it to ours. `split` is the disk axis
+    that the two head axes make, or None.
     """
 
     name: str
     path: tuple[str, ...]
-    layer: int | None
+    at: tuple[int, ...]
     shape: tuple[int, ...]
     axes: tuple[int, ...]
     split: int | None = None
@@ -65,14 +67,15 @@ class Tensor(NamedTuple):
 def tensors(spec: ModelSpec) -> Iterator[Tensor]:
     """Every tensor of a checkpoint of this spec."""
     v, d, h, k, hd, f = spec.vocab, spec.embed, spec.heads, spec.kv_heads, spec.head_dim, spec.mlp
-    yield Tensor("model.embed_tokens.weight", ("embed",), None, (v, d), (0, 1))
-    yield Tensor("model.norm.weight", ("norm",), None, (d,), (0,))
+    yield Tensor("model.embed_tokens.weight", ("embed",), (), (v, d), (0, 1))
+    yield Tensor("model.norm.weight", ("norm",), (), (d,), (0,))
     if not spec.tied:
-        yield Tensor("lm_head.weight", ("unembed",), None, (v, d), (1, 0))
-    for i in range(spec.layers):
+        yield Tensor("lm_head.weight", ("unembed",), (), (v, d), (1, 0))
+    for i, sparse in enumerate(spec.sparse):
+        alike = spec.sparse[:i].count(sparse)  # earlier layers with the same kind of MLP
 
         def one(name: str, ours: str, *rest: Any, i: int = i) -> Tensor:
-            return Tensor(f"model.layers.{i}.{name}", ("layers", ours), i, *rest)
+            return Tensor(f"model.layers.{i}.{name}", ("layers", ours), (i,), *rest)
 
         yield one("input_layernorm.weight", "attn_norm", (d,), (0,))
         yield one("post_attention_layernorm.weight", "mlp_norm", (d,), (0,))
@@ -86,9 +89,20 @@ def tensors(spec: ModelSpec) -> Iterator[Tensor]:
         if spec.qk_norm:
             yield one("self_attn.q_norm.weight", "q_norm", (hd,), (0,))
             yield one("self_attn.k_norm.weight", "k_norm", (hd,), (0,))
-        yield one("mlp.gate_proj.weight", "gate", (f, d), (1, 0))
-        yield one("mlp.up_proj.weight", "up", (f, d), (1, 0))
-        yield one("mlp.down_proj.weight", "down", (d, f), (1, 0))
+        mlp, path = f"model.layers.{i}.mlp", ("layers", "experts")
+        if not sparse:
+            yield from _mlp(mlp, ("layers",), (alike,), d, f)
+        elif spec.experts:
+            yield Tensor(f"{mlp}.gate.weight", (*path, "router"), (alike,), (spec.experts.count, d), (1, 0))
+            for e in range(spec.experts.count):
+                yield from _mlp(f"{mlp}.experts.{e}", path, (alike, e), d, spec.experts.mlp)
+
+
+def _mlp(name: str, path: tuple[str, ...], at: tuple[int, ...], embed: int, width: int) -> Iterator[Tensor]:
+    """The three matrices of a gated MLP."""
+    for ours in ("gate", "up"):
+        yield Tensor(f"{name}.{ours}_proj.weight", (*path, ours), at, (width, embed), (1, 0))
+    yield Tensor(f"{name}.down_proj.weight", (*path, "down"), at, (embed, width), (1, 0))
 
 
 def load_spec(path: str | Path) -> ModelSpec:
@@ -234,19 +248,15 @@ class _Files:
 def _assemble(
     parts: list[Tensor], shape: Any, sharding: Sharding, read: Callable[[Tensor, tuple[slice, ...]], np.ndarray]
 ) -> jax.Array:
-    """One leaf: a tensor, or the stack of a tensor of every layer."""
+    """One leaf: a tensor, or a stack of tensors of layers and experts."""
+    lead, table = len(parts[0].at), {t.at: t for t in parts}
 
     def shard(index: Any) -> np.ndarray:
-        if parts[0].layer is None:
-            return read(parts[0], index).astype(shape.dtype)
-        chosen = parts[index[0]]
-        out = None
-        for n, t in enumerate(chosen):
-            x = read(t, index[1:])
-            if out is None:
-                out = np.empty((len(chosen), *x.shape), shape.dtype)
-            out[n] = x
-        assert out is not None
+        stacked = [range(n)[chosen] for n, chosen in zip(shape.shape, index[:lead])]
+        sizes = [len(range(n)[chosen]) for n, chosen in zip(shape.shape, index)]
+        out = np.empty(sizes, shape.dtype)
+        for here, at in zip(np.ndindex(*sizes[:lead]), product(*stacked)):
+            out[here] = read(table[at], index[lead:])
         return out
 
     return jax.make_array_from_callback(shape.shape, sharding, shard)
@@ -256,8 +266,10 @@ def _to_disk(t: Tensor, params: Params) -> np.ndarray:
     x = params
     for key in t.path:
         x = x[key]
-    x = np.asarray(x if t.layer is None else jax.lax.dynamic_index_in_dim(x, t.layer, keepdims=False))
-    return np.ascontiguousarray(x.transpose(np.argsort(t.axes))).reshape(t.disk_shape)
+    if t.at:
+        rest = x.shape[len(t.at) :]
+        x = jax.lax.dynamic_slice(x, (*t.at, *[0] * len(rest)), (*[1] * len(t.at), *rest)).reshape(rest)
+    return np.ascontiguousarray(np.asarray(x).transpose(np.argsort(t.axes))).reshape(t.disk_shape)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -18,6 +18,21 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Sparse layers, whose MLP is a router and `count` small ones of which a token takes `per_token`."""
+
+    count: int
+    per_token: int
+    mlp: int  # width of one
+    norm_topk: bool  # weights of the chosen ones sum to 1
+    dense: tuple[int, ...] = ()  # layers that have an ordinary MLP instead
+
+    def __post_init__(self):
+        if self.per_token > self.count:
+            raise ValueError(f"num_experts_per_tok: {self.per_token}, expected at most num_experts = {self.count}")
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """Everything static about a decoder. Hashable: close over it or make it a static jit argument."""
 
@@ -39,6 +54,7 @@ class ModelSpec:
     max_positions: int = 2048
     windows: tuple[int, ...] = ()  # per layer, keys a query sees including its own; 0: all
     act: str = SILU
+    experts: Experts | None = None
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
     pad_id: int | None = None
@@ -52,6 +68,13 @@ class ModelSpec:
             raise ValueError(f"num_key_value_heads: {self.kv_heads} does not divide num_attention_heads {self.heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim: {self.head_dim} is odd; rotary embeddings need an even one")
+        if self.experts is not None and not any(self.sparse):
+            raise ValueError(f"mlp_only_layers: {list(self.experts.dense)}, expected at least one layer with experts")
+
+    @property
+    def sparse(self) -> tuple[bool, ...]:
+        """Which layers have experts."""
+        return tuple(self.experts is not None and i not in self.experts.dense for i in range(self.layers))
 
     @property
     def scale(self) -> float:
@@ -59,7 +82,12 @@ class ModelSpec:
         return self.head_dim**-0.5
 
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
 # Keys of config.json that change the function computed, with the only values this decoder computes.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": (SILU,),
@@ -102,10 +130,11 @@ def from_hf(config: Mapping[str, Any]) -> ModelSpec:
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         qkv_bias=family == "qwen2" or attention_bias,
         o_bias=attention_bias,
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         tied=bool(config.get("tie_word_embeddings", False)),
         max_positions=_size(config, "max_position_embeddings", 2048),
         windows=_windows(config, layers),
+        experts=_experts(config, layers) if family == "qwen3_moe" else None,
         eos_ids=eos_ids(config.get("eos_token_id")),
         bos_id=config.get("bos_token_id"),
         pad_id=config.get("pad_token_id"),
@@ -153,6 +182,15 @@ def to_hf(spec: ModelSpec) -> dict[str, Any]:
             "sliding_window": window or None,
             "layer_types": ["sliding_attention" if w else "full_attention" for w in spec.windows],
         }
+    if e := spec.experts:
+        config |= {
+            "num_experts": e.count,
+            "num_experts_per_tok": e.per_token,
+            "moe_intermediate_size": e.mlp,
+            "norm_topk_prob": e.norm_topk,
+            "mlp_only_layers": list(e.dense),
+            "decoder_sparse_step": 1,
+        }
     return config
 
 
@@ -194,7 +232,7 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     if types is None:
         if not config.get("use_sliding_window"):
             return (0,) * layers
-        first = _size(config, "max_window_layers")
+        first = 0 if config["model_type"] == "qwen3_moe" else _size(config, "max_window_layers")
         types = ["full_attention"] * min(first, layers) + ["sliding_attention"] * max(layers - first, 0)
     if unknown := set(types) - {"full_attention", "sliding_attention"}:
         raise ValueError(
@@ -204,3 +242,15 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
         return (0,) * len(types)
     window = _size(config, "sliding_window")
     return tuple(window if t == "sliding_attention" else 0 for t in types)
+
+
+def _experts(config: Mapping[str, Any], layers: int) -> Experts:
+    every = _size(config, "decoder_sparse_step", 1)
+    dense = set(config.get("mlp_only_layers") or ()) | {i for i in range(layers) if (i + 1) % every}
+    return Experts(
+        count=_size(config, "num_experts" if "num_experts" in config else "num_local_experts"),
+        per_token=_size(config, "num_experts_per_tok"),
+        mlp=_size(config, "moe_intermediate_size"),
+        norm_topk=bool(config.get("norm_topk_prob", False)),
+        dense=tuple(sorted(dense & set(range(layers)))),
+    )

@@ -123,7 +123,8 @@ def prefill(
     def some(i: Array, pool: tuple[Cache, ...]) -> tuple[Cache, ...]:
         part = lax.dynamic_slice_in_dim(tokens, i * batch, batch, 1).reshape(shards * batch, length)
         positions = jnp.broadcast_to(jnp.arange(length), part.shape)
-        _, (k, v) = decoder.forward(spec, params, part, positions, causal(keep_kv=True), dtype=dtype)
+        _, kept = decoder.forward(spec, params, part, positions, causal(keep_kv=True), dtype=dtype)
+        k, v = kept.attend
         k = k.transpose(0, 1, 3, 4, 2).reshape(spec.layers, shards, batch, *pool[0].k.shape[2:])
         v = v.transpose(0, 1, 3, 2, 4).reshape(spec.layers, shards, batch, *pool[0].v.shape[2:])
         return tuple(
@@ -318,8 +319,8 @@ def token_logits(settings: Settings, weights: Params, slots: Slots) -> tuple[Flo
     x = decoder.embed(spec, weights, slots.token[:, None], settings.dtype)
     cos, sin = decoder.rope(spec, position[:, None], settings.dtype)
     for info, p in zip(decoder.layer_infos(spec), weights["layers"]):
-        x, cache = decoder.block(spec, p, info, x, cos, sin, attend)
-        own.append(cache)
+        x, kept = decoder.block(spec, p, info, x, cos, sin, attend)
+        own.append(kept.attend)
     hidden = decoder.final_norm(spec, weights, x)[:, 0]
     logits = jnp.matmul(hidden, weights["unembed"], preferred_element_type=accumulator(settings.dtype))
     # Whole on every device: shards branch differently when they choose tokens, and must not communicate there.

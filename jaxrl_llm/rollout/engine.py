@@ -307,11 +307,12 @@ class Engine:
         layout = jax.tree.map(
             lambda leaf, axes: partition(axes, leaf.shape, sizes)[0], shapes, decoder.logical_axes(spec)
         )
+        one_by_one = [decoder.own_parts(spec, layout["layers"], i) for i in range(spec.layers)]
         weights = {
             "embed": layout["embed"],
             "norm": layout["norm"],
             "unembed": PartitionSpec(*layout["embed"][::-1]) if spec.tied else layout["unembed"],
-            "layers": [{k: PartitionSpec(*s[1:]) for k, s in layout["layers"].items()} for _ in range(spec.layers)],
+            "layers": [jax.tree.map(lambda s: PartitionSpec(*s[1:]), p) for p in one_by_one],
         }
         weights = jax.tree.map(lambda s: NamedSharding(self.mesh, s), weights)
         quick = partial(jax.jit, compiler_options=quickly())

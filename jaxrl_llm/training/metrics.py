@@ -128,8 +128,11 @@ def training_flops(spec: ModelSpec, parameters: int, lengths: Sequence[int]) -> 
     """Floating-point operations of one forward and backward pass over sequences of these lengths (PaLM, appendix B).
 
     6·N per token, and for attention 12·(heads · head_dim) per layer and pair of positions, halved because it is causal.
+    Experts that a token does not go to are not counted.
     """
     n = np.asarray(lengths, np.float64)
+    if e := spec.experts:
+        parameters -= spec.sparse.count(True) * (e.count - e.per_token) * 3 * spec.embed * e.mlp
     return float(6 * parameters * n.sum() + 6 * spec.layers * spec.heads * spec.head_dim * (n**2).sum())
 
 

@@ -191,22 +191,24 @@ def _activation_bytes(config: Config, step: Step) -> int:
     """What the backward pass of a microbatch keeps, by the remat setting, one layer recomputed, and the head's logits."""
     spec, layout = step.spec, step.layout
     item = jnp.dtype(config.model.dtype).itemsize
-    d, q, kv, mlp = spec.embed, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.mlp
-    stream, products = d * item, decoder.kept_products(spec, config.model.dtype)
+    d, q, kv = spec.embed, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    mlp = max([spec.mlp] * (False in spec.sparse) + ([spec.experts.count * spec.experts.mlp] if spec.experts else []))
+    stream, products = spec.layers * d * item, decoder.kept_products(spec, config.model.dtype)
     scores = 2 * spec.heads * layout.length * max(item, 4)
-    everything = products + (8 * d + 5 * q + 4 * kv + 3 * mlp) * item + scores  # norms, rotations, gates
+    rest = (8 * d + 5 * q + 4 * kv + 3 * mlp) * item + scores  # norms, rotations, gates
+    everything = products + spec.layers * rest
     shards = math.prod(step.mesh[a] for a in rules.RULES["batch"])
     tokens = layout.sequences * layout.length // shards
     remat = config.model.remat
     if remat == "auto":
         remat = decoder.fitting_remat(spec, tokens, config.model.dtype)
     kept = {"none": everything, "dots": products, "full": stream}[remat]
-    once = 0 if remat == "none" else everything
+    once = 0 if remat == "none" else everything // spec.layers
     scored = layout.sequences * layout.slots * layout.completion // shards
     logits = min(scored, config.model.head_chunk or scored) * spec.vocab
     if not config.model.head_chunk:
         logits = min(logits, CHUNK_ELEMENTS)
-    return (kept * spec.layers + once) * tokens + 2 * 4 * logits  # and their gradient, float32
+    return (kept + once) * tokens + 2 * 4 * logits  # and their gradient, float32
 
 
 def _names(names: Sequence[str]) -> str:
