@@ -16,6 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 # Where a row came from (`Rollouts.source`).
 CURRENT, REFERENCE, GIVEN, REPLAY = 0, 1, 2, 3
 
+ROUTES = "routes"  # in `Rollouts.extras`: experts to replay (training/routing.py)
+
 Params = Any  # nested dict of arrays
 State = Any  # a pytree of arrays, checkpointed
 Memory = dict[str, Any]  # host state (numpy arrays in nested dicts), checkpointed
@@ -51,6 +53,7 @@ class Rollouts:
     extras: dict[str, Array] = field(default_factory=dict)
     # extras holds rescored views named "<policy>_<view>" ("ref_logp", "old_entropy", "old_values", "old_tempered_logp";
     # "old_prompt_logp" [B, L] is that of each context token given those before it, 0 for the first)
+    # recorded "routes" [B, L+T, M, k] of a model with experts (-1: none),
     # and row data a method asked for in `Needs.row_extras` ("prompt_id", "traj", "step_index", "anchor_id", ...).
 
     @property

@@ -118,7 +118,7 @@ def test_pieces_divide_over_devices():
 def test_only_completion_positions_leave_the_model(name):
     pieces, _ = arrange(layout(name, 2), host())
     params = jax.eval_shape(lambda: decoder.init(SPEC, jax.random.key(0)))
-    states = jax.eval_shape(
+    states, _ = jax.eval_shape(
         lambda p, piece: layouts.hidden(SPEC, p, layout(name, 2), piece, dtype=np.float32), params, pieces[0]
     )
     assert states.shape == (2, T * (GROUP if name == "shared" else 1), SPEC.embed)

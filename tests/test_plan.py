@@ -93,11 +93,11 @@ def test_activations_are_within_a_factor_of_two_of_what_xla_allocates(config, re
     c = config(f"model.remat={remat}", "rollout.prompts=64", *changes)
     p = plan.make(c, 1)
     n, s, k = p.layout.sequences, p.layout.length, p.layout.slots * p.layout.completion
-    ints = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in [(n, s)] * 3 + [(n, k)] * 3]
+    ints = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in [(n, s)] * 3 + [(n, k)] * 3 + [(n, s)]]
     piece = layouts.Piece(*ints, rows=jax.ShapeDtypeStruct((n,), bool))
 
     def loss(params, piece):
-        hidden = layouts.hidden(p.spec, params, p.layout, piece, dtype=jnp.float32, remat=remat)
+        hidden, _ = layouts.hidden(p.spec, params, p.layout, piece, dtype=jnp.float32, remat=remat)
         head = decoder.unembed(p.spec, params)
         flat = hidden.reshape(-1, hidden.shape[-1])
         return scorers.token_views(flat, head, piece.target.reshape(-1), ("logp",), 1.0)["logp"].sum()

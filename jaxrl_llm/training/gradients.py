@@ -18,12 +18,13 @@ from jaxrl_llm.config import Importance
 from jaxrl_llm.models import critic as critics
 from jaxrl_llm.models import decoder, scorers
 from jaxrl_llm.models.spec import ModelSpec
-from jaxrl_llm.training import layouts
+from jaxrl_llm.training import layouts, routing
 from jaxrl_llm.training.layouts import Layout, Piece, RowPiece
 from jaxrl_llm.training.state import CRITIC, POLICY
 from jaxrl_llm.types import (
     CURRENT,
     REPLAY,
+    ROUTES,
     Credit,
     Max,
     Metrics,
@@ -76,9 +77,10 @@ def get(views: Views, name: str) -> Array:
     return views.extras[name] if name in views.extras else getattr(views, name)
 
 
-def no_views(names: tuple[str, ...], shape: tuple[int, ...], dtype: Any) -> Views:
-    """Views of zeros."""
-    return _as_views({name: jnp.zeros(shape, dtype) for name in names})
+def no_views(model: Model, names: tuple[str, ...], rows: Rollouts) -> Views:
+    """Views of zeros, and of no routes."""
+    zeros = {name: jnp.zeros(rows.mask.shape, model.wide) for name in names if name != ROUTES}
+    return _as_views(zeros | ({ROUTES: routing.empty(model.spec, rows)} if ROUTES in names else {}))
 
 
 def _as_views(named: dict[str, Array]) -> Views:
@@ -97,40 +99,51 @@ def score(
     heat: Float[Array, ""],
     rows: Rollouts | None,
 ) -> Views:
-    """`out` with the views of a piece written where they belong; `rows` are read by a plug-in only."""
+    """`out` with the views of a piece written where they belong; `rows` are read by a plug-in, or for routes to replay."""
     if isinstance(piece, RowPiece):
         assert model.plug_in is not None and rows is not None
         seen = model.plug_in(params[POLICY], take(rows, piece.index))
         slot, own = jnp.where(piece.index < 0, rows.mask.shape[0], piece.index), {n: get(seen, n) for n in names}
+        slots = dict.fromkeys(names, slot)
     else:
-        slot, own = piece.slot.reshape(-1), _causal(model, layout, names, params, piece, heat)
+        own = _causal(model, layout, names, params, piece, heat, rows)
+        slots = dict.fromkeys(names, piece.slot.reshape(-1)) | {ROUTES: piece.origin.reshape(-1)}
 
-    def place(old: Array, new: Array) -> Array:
+    def place(old: Array, new: Array, slot: Array) -> Array:
         new = jax.lax.with_sharding_constraint(new.astype(old.dtype), model.everywhere)
         return old.reshape(-1, *new.shape[1:]).at[slot].set(new, mode="drop").reshape(old.shape)
 
-    return _as_views({name: place(get(out, name), own[name]) for name in names})
+    return _as_views({name: place(get(out, name), own[name], slots[name]) for name in names})
 
 
 def _causal(
-    model: Model, layout: Layout, names: tuple[str, ...], params: dict[str, Params], piece: Piece, heat: Array
-) -> dict[str, Float[Array, "n*K"]]:
-    """Views of a piece's completion tokens by the decoder and the critic."""
+    model: Model,
+    layout: Layout,
+    names: tuple[str, ...],
+    params: dict[str, Params],
+    piece: Piece,
+    heat: Array,
+    rows: Rollouts | None,
+) -> dict[str, Array]:
+    """Views [n*K] of a piece's completion tokens by the decoder and the critic, and routes [n*S, M, k] of its places."""
     hidden = partial(layouts.hidden, layout=layout, piece=piece, dtype=model.dtype, remat=model.remat)
     own: dict[str, Array] = {}
     if POLICY in labels(names):
-        states = hidden(model.spec, params[POLICY])
+        states, routes = hidden(model.spec, params[POLICY], replay=routing.replayed(rows, piece))
         own = scorers.token_views(
             states.reshape(-1, states.shape[-1]),
             decoder.unembed(model.spec, params[POLICY]),
             piece.target.reshape(-1),
-            [name for name in names if name != "values"],
+            [name for name in names if name not in ("values", ROUTES)],
             model.temperature,
             heat,
             model.head_chunk,
         )
+        if routes is not None and ROUTES in names:
+            own[ROUTES] = routes.reshape(-1, *routes.shape[2:])
     if "values" in names:
-        own["values"] = critics.values(params[CRITIC], hidden(critics.trunk(model.spec), params[CRITIC])).reshape(-1)
+        states, _ = hidden(critics.trunk(model.spec), params[CRITIC])
+        own["values"] = critics.values(params[CRITIC], states).reshape(-1)
     return own
 
 
@@ -183,7 +196,7 @@ def fused(
     heat: Float[Array, ""],
 ) -> tuple[dict[str, Params], Loss]:
     """Fused route: `grads` plus the gradient of loss∘views on the rows of a piece, and what the loss says of them."""
-    empty = no_views(alg.needs.loss, rows.mask.shape, model.wide)
+    empty = no_views(model, alg.needs.loss, rows)
     own_rows, own_credit = restrict(rows, credit, piece.rows)
 
     def objective(params: dict[str, Params]) -> tuple[Array, Loss]:

@@ -47,6 +47,8 @@ class Piece(NamedTuple):
     """One microbatch as the model executes it: n sequences of S tokens, K completion tokens of each to score.
 
     `slot` says where a scored token belongs, as an index into the minibatch's flat [B * T]; B * T where there is none.
+    `origin` says which token a place holds, as an index into the flat [B * (L + T)] of the rows' contexts and completions; of a
+    context that is run for several rows, the first of them. B * (L + T) where there is none.
     """
 
     tokens: Int[Array, "n S"]
@@ -55,6 +57,7 @@ class Piece(NamedTuple):
     at: Int[Array, "n K"]  # where in the sequence the hidden state is that predicts the token
     target: Int[Array, "n K"]
     slot: Int[Array, "n K"]
+    origin: Int[Array, "n S"]
     rows: Bool[Array, "B"]  # rows of the minibatch this piece answers for
 
 
@@ -168,6 +171,7 @@ class _Placed(NamedTuple):
 
     count: int  # sequences
     context: np.ndarray  # index of the context
+    context_row: np.ndarray  # the first row it is placed for
     context_sequence: np.ndarray
     context_offset: np.ndarray
     context_segment: np.ndarray
@@ -187,7 +191,7 @@ def _place_own_context(
     n = rows.prompt_length[context]
     segment = np.arange(len(run)) + 1
     count = int(sequence.max(initial=-1)) + 1
-    return _Placed(count, context, sequence, start, segment, run, sequence, start + n, k, start + n - 1, segment)
+    return _Placed(count, context, run, sequence, start, segment, run, sequence, start + n, k, start + n - 1, segment)
 
 
 def _padded(rows: HostRows, run: np.ndarray, layout: Layout) -> _Placed:
@@ -239,8 +243,10 @@ def _shared(rows: HostRows, run: np.ndarray, layout: Layout) -> _Placed:
     run, sequence, k, segment = (np.concatenate([part[i] for part in parts] or [np.zeros(0, int)]) for i in range(4))
     zero, one = np.zeros(count, int), np.ones(count, int)
     before = rows.prompt_length[rows.prompt[run]] - 1
-    own = np.asarray(context, int)
-    return _Placed(count, own, np.arange(count), zero, one, run, sequence, layout.context + k, k, before, segment)
+    own, first = np.asarray(context, int), run[np.unique(sequence, return_index=True)[1]]
+    return _Placed(
+        count, own, first, np.arange(count), zero, one, run, sequence, layout.context + k, k, before, segment
+    )
 
 
 _PLACE: dict[str, Callable[[HostRows, np.ndarray, Layout], _Placed]] = {
@@ -264,17 +270,18 @@ def arrange(layout: Layout, rows: HostRows) -> tuple[list[Piece], np.ndarray]:
     placed = _PLACE[layout.name](rows, run, layout)
     count = max(1, -(-placed.count // layout.sequences))
     n, S, K = count * layout.sequences, layout.length, layout.slots * layout.completion
-    B, T = rows.tokens.shape
+    (B, T), L = rows.tokens.shape, rows.prompt_tokens.shape[1]
     tokens, positions, segment = (np.zeros((n, S), np.int32) for _ in range(3))
     if layout.name == "shared":
         segment[:, 0] = 1  # an unused sequence has a context of one pad token: no empty softmax anywhere
     at, target = (np.zeros((n, K), np.int32) for _ in range(2))
-    slot = np.full((n, K), B * T, np.int32)
+    slot, origin = np.full((n, K), B * T, np.int32), np.full((n, S), B * (L + T), np.int32)
 
     owner, t = _ragged(rows.prompt_length[placed.context])
     where = placed.context_sequence[owner], placed.context_offset[owner] + t
     tokens[where] = rows.prompt_tokens[placed.context[owner], t]
     positions[where], segment[where] = t, placed.context_segment[owner]
+    origin[where] = placed.context_row[owner] * (L + T) + t
 
     owner, t = _ragged(length[placed.row])
     row, sequence = placed.row[owner], placed.sequence[owner]
@@ -282,6 +289,7 @@ def arrange(layout: Layout, rows: HostRows) -> tuple[list[Piece], np.ndarray]:
     tokens[where] = rows.tokens[row, t]
     positions[where] = rows.prompt_length[rows.prompt[row]] + t
     segment[where] = placed.segment[owner]
+    origin[where] = row * (L + T) + L + t
     where = sequence, placed.scored_offset[owner] + t
     at[where] = np.where(t == 0, placed.before[owner], placed.offset[owner] + t - 1)
     target[where] = rows.tokens[row, t]
@@ -293,7 +301,7 @@ def arrange(layout: Layout, rows: HostRows) -> tuple[list[Piece], np.ndarray]:
     of_block = dict(zip(block[placed.row].tolist(), piece_of[placed.row].tolist()))
     for b in np.flatnonzero(piece_of < 0):
         piece_of[b] = of_block.get(int(block[b]), 0)
-    split = [x.reshape(count, layout.sequences, -1) for x in (tokens, positions, segment, at, target, slot)]
+    split = [x.reshape(count, layout.sequences, -1) for x in (tokens, positions, segment, at, target, slot, origin)]
     return [Piece(*(x[i] for x in split), rows=piece_of == i) for i in range(count)], piece_of
 
 
@@ -315,11 +323,18 @@ def hidden(
     *,
     dtype: Any,
     remat: decoder.Remat = "none",
-) -> Float[Array, "n K D"]:
-    """Hidden states after the final norm that predict the completion tokens of a piece."""
+    replay: Int[Array, "M n S k"] | None = None,
+) -> tuple[Float[Array, "n K D"], Int[Array, "n S M k"] | None]:
+    """Hidden states after the final norm that predict the completion tokens of a piece, and the experts of all its places.
+
+    replay: experts to go to (`training.routing`).
+    """
     attend = _attend_shared(layout, piece) if layout.name == "shared" else attention.causal(piece.segment)
-    states, _ = decoder.forward(spec, params, piece.tokens, piece.positions, attend, dtype=dtype, remat=remat)
-    return jnp.take_along_axis(states, piece.at[..., None], axis=1)
+    states, kept = decoder.forward(
+        spec, params, piece.tokens, piece.positions, attend, dtype=dtype, remat=remat, replay=replay
+    )
+    routes = None if kept.routes is None else jnp.moveaxis(kept.routes, 0, 2)
+    return jnp.take_along_axis(states, piece.at[..., None], axis=1), routes
 
 
 def _attend_shared(layout: Layout, piece: Piece) -> attention.Attend:

@@ -30,7 +30,7 @@ from jaxrl_llm.training.layouts import HostRows, Layout
 from jaxrl_llm.training.minibatches import minibatches
 from jaxrl_llm.training.state import CRITIC, POLICY, TrainState
 from jaxrl_llm.training.updates import NoGradientError, NonFiniteError
-from jaxrl_llm.types import Credit, Metrics, Params, Rollouts, State, Views, merge_metrics
+from jaxrl_llm.types import ROUTES, Credit, Metrics, Params, Rollouts, State, Views, merge_metrics
 
 __all__ = ["Learner", "NoGradientError", "NonFiniteError"]
 
@@ -162,18 +162,25 @@ class Learner:
         """What a policy says about every completion token of `rows`, without gradient; 0 behind a completion's end.
 
         Args:
-          names: of "logp", "entropy", "logsumexp", "tempered_logp", and "values" of the critic; or a plug-in's.
-          policy: "policy" (the trained trees as they are now), "ref" or "guide".
+          names: of "logp", "entropy", "logsumexp", "tempered_logp", and "values" of the critic; or a plug-in's. "routes": the
+            experts of every position.
+          policy: "policy" (the trained trees as they are now; it replays the rows' routes), "ref" or "guide".
           temperature: of "tempered_logp".
         Raises ValueError for a policy that is not kept, or "tempered_logp" without its temperature.
         """
         params = self.train.params if policy == "policy" else {POLICY: self.policy(policy)}
         if "tempered_logp" in names and temperature is None:
             raise ValueError("views: 'tempered_logp' needs a temperature")
+        if policy != "policy":
+            rows = replace(rows, extras={name: x for name, x in rows.extras.items() if name != ROUTES})
         at_once = -(-len(rows.tokens) // self.config.learner.minibatches)
         layout, pieces, _ = self._arrange(rows, layouts.host_rows(rows), at_once)
         with jax.set_mesh(self.mesh):
-            return self._views(params, layout, pieces, rows, names, self._heat(temperature))
+            seen = self._views(params, layout, pieces, rows, names, self._heat(temperature))
+            if ROUTES in names:
+                routes = self._run.share(seen.extras[ROUTES], rows)
+                seen = replace(seen, extras={**seen.extras, ROUTES: routes})
+        return seen
 
     def step(
         self,
@@ -255,7 +262,7 @@ class Learner:
                 ahead.append(self._run.fused.lower(layout, train.params, grads, piece, state, rows, credit, heat))
                 loss = everywhere(ahead[-1].out_info[1])
             else:
-                out = everywhere(jax.eval_shape(lambda: gradients.no_views(names, rows.tokens.shape, self.model.wide)))
+                out = everywhere(jax.eval_shape(lambda: gradients.no_views(self.model, names, rows)))
                 params = {label: train.params[label] for label in gradients.labels(names)}
                 ahead.append(self._run.score.lower(layout, names, params, out, piece, heat, read))
                 ahead.append(self._run.differentiate.lower(state, out, rows, credit))
@@ -363,14 +370,16 @@ class Learner:
         heat: Array,
     ) -> Views:
         params = {label: params[label] for label in gradients.labels(names)}
-        out = jax.device_put(gradients.no_views(names, rows.tokens.shape, self.model.wide), self._everywhere)
+        out = jax.device_put(gradients.no_views(self.model, names, rows), self._everywhere)
+        read = self._read(rows)
         for piece in pieces:
-            out = self._run.score(layout, names, params, out, piece, heat, self._read(rows))
+            out = self._run.score(layout, names, params, out, piece, heat, read)
         return out
 
     def _read(self, rows: Rollouts) -> Rollouts | None:
-        """Rows for a plug-in scorer to read; the decoder reads pieces only."""
-        return None if self.model.plug_in is None else jax.device_put(rows, self._everywhere)
+        """Rows where a plug-in scorer reads them, or the decoder routes to replay; else it reads pieces only."""
+        unread = self.model.plug_in is None and ROUTES not in rows.extras
+        return None if unread else jax.device_put(rows, self._everywhere)
 
     def _arrange(self, rows: Rollouts, host: HostRows, at_once: int) -> tuple[Layout, list[Any], np.ndarray]:
         """The layout, the pieces on the devices, and the piece of each row."""

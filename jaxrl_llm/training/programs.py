@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool
 from jaxrl_llm.algorithms.base import Algorithm, keep
 from jaxrl_llm.compile_cache import quickly
 from jaxrl_llm.config import Importance
-from jaxrl_llm.training import gradients, noise, optim, updates
+from jaxrl_llm.training import gradients, noise, optim, routing, updates
 from jaxrl_llm.training.gradients import Model
 from jaxrl_llm.training.state import POLICY, TrainState
 from jaxrl_llm.types import Credit, Metrics, Params, Rollouts, State, Views, take_rows
@@ -35,6 +35,7 @@ class Programs(NamedTuple):
     rate: Any  # Algorithm.rate
     tune: Any  # Algorithm.tune, where the update was finite
     pick: Any  # one of two states
+    share: Any  # routing.shared
     take: Any  # a minibatch of rows, credit and views by index
     start: Any  # optimizer states of parameters
     apply: Any  # updates.apply
@@ -71,6 +72,7 @@ def make(
         rate=small(alg.rate or keep),
         tune=small(partial(_tuned, alg.tune)),
         pick=small(_pick),
+        share=small(routing.shared),
         take=small(_take),
         start=quick(partial(start, optimizers), out_shardings=place.opt),
         apply=quick(
