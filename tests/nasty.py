@@ -12,6 +12,7 @@ from jaxrl_llm.checking.nasty import (  # noqa: F401 (tests take all of it from 
     by_row,
     permute,
     poison,
+    poison_views,
     rollouts,
     views,
 )
@@ -21,11 +22,6 @@ from jaxrl_llm.types import Rollouts
 def by_token(tree: Any, mask: np.ndarray) -> Any:
     """The entries of every `[B, T]` array where `mask` holds."""
     return jax.tree.map(lambda x: np.asarray(x)[mask], tree)
-
-
-def poison_views(v: Any, trained: np.ndarray, value: float) -> Any:
-    """`value` in the views of untrained positions."""
-    return jax.tree.map(lambda x: np.where(trained, x, x.dtype.type(value)), v)
 
 
 def pad(rows: Rollouts, count: int) -> Rollouts:

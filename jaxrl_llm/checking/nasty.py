@@ -78,26 +78,27 @@ def drawn(seed: int, needs: Any) -> Rollouts:
         return rng.uniform(0.1, 2, (ROWS, T)) if view == "entropy" else rng.normal(size=(ROWS, T))
 
     extras = {name: rescored(name) for name in needs.rescore} | {name: row_extras[name] for name in needs.row_extras}
-    rows = Rollouts(
-        prompt_tokens=rng.integers(0, 9, (7, L)),
-        prompt_length=rng.integers(1, L + 1, 7),
-        prompt=np.array([PROMPT[g] for g in group]),
-        group=group,
-        row_id=np.arange(ROWS),
-        tokens=rng.integers(0, 9, (ROWS, T)),
-        length=length,
-        mask=mask,
-        stat=real & ~extra,
-        scored=scored,
-        reward=reward,
-        truncated=empty,
-        version=np.zeros((ROWS, T), int),
-        sampler_logp=old_logp + 0.01 * rng.normal(size=(ROWS, T)),
-        old_logp=old_logp,
-        source=np.select([given, nth % 2 == 1, nth == 2], [GIVEN, REFERENCE, GIVEN], CURRENT),
-        block=np.arange(ROWS),
-        extras=extras,
-    )
+    fields: dict[str, Any] = {
+        "prompt_tokens": rng.integers(0, 9, (7, L)),
+        "prompt_length": rng.integers(1, L + 1, 7),
+        "prompt": np.array([PROMPT[g] for g in group]),
+        "group": group,
+        "row_id": np.arange(ROWS),
+        "tokens": rng.integers(0, 9, (ROWS, T)),
+        "length": length,
+        "mask": mask,
+        "stat": real & ~extra,
+        "scored": scored,
+        "reward": reward,
+        "truncated": empty,
+        "version": np.zeros((ROWS, T), int),
+        "sampler_logp": old_logp + 0.01 * rng.normal(size=(ROWS, T)),
+        "old_logp": old_logp,
+        "source": np.select([given, nth % 2 == 1, nth == 2], [GIVEN, REFERENCE, GIVEN], CURRENT),
+        "block": np.arange(ROWS),
+        "extras": extras,
+    }
+    rows = Rollouts(**fields)
     rows = permute(rows, rng.permutation(ROWS))
     return jax.tree.map(narrow, replace(rows, block=np.arange(ROWS)))
 
@@ -108,15 +109,16 @@ def narrow(x: np.ndarray) -> np.ndarray:
     return x.astype(kinds[x.dtype.kind])
 
 
-def views(seed: int, rows: Rollouts, names: tuple[str, ...]) -> Views:
-    """Random views of the current policy, log ratios within 3 of `old_logp`."""
+def views(seed: int, rows: Rollouts, names: tuple[str, ...], spread: float | None = None) -> Views:
+    """Random views of the current policy, log ratios within 3 of `old_logp`, or with standard deviation `spread`."""
     rng = np.random.default_rng(seed + 1000)
     shape = rows.mask.shape
+    noise = rng.normal(size=shape) * (rng.choice([0.05, 0.5, 2.0], shape) if spread is None else spread)
     made = {
-        "logp": rows.old_logp + np.clip(rng.normal(size=shape) * rng.choice([0.05, 0.5, 2.0], shape), -3, 3),
+        "logp": rows.old_logp + np.clip(noise, -3, 3),
         "entropy": rng.uniform(0.1, 2, shape),
     }
-    arrays = {name: narrow(made.get(name, rng.normal(size=shape))) for name in names}
+    arrays: dict[str, Any] = {name: narrow(made.get(name, rng.normal(size=shape))) for name in names}
     return Views(
         **{n: x for n, x in arrays.items() if n in VIEWS}, extras={n: x for n, x in arrays.items() if n not in VIEWS}
     )
@@ -136,7 +138,7 @@ def permute(rows: Rollouts, index: Any) -> Rollouts:
 def poison(rows: Rollouts, value: float) -> Rollouts:
     """`value` wherever a float input does not matter: untrained tokens, and rewards and row data of unscored rows."""
 
-    def spoil(x: np.ndarray) -> np.ndarray:
+    def spoil(x: Any) -> Any:
         if x.dtype.kind != "f":
             return x
         matters = rows.trained if x.shape == rows.mask.shape else rows.scored.reshape(-1, *[1] * (x.ndim - 1))
@@ -146,3 +148,8 @@ def poison(rows: Rollouts, value: float) -> Rollouts:
     return rows.with_(
         extras={k: spoil(x) for k, x in rows.extras.items()}, **{n: spoil(getattr(rows, n)) for n in names}
     )
+
+
+def poison_views(v: Any, trained: np.ndarray, value: float) -> Any:
+    """`value` in the views of untrained positions."""
+    return jax.tree.map(lambda x: np.where(trained, x, x.dtype.type(value)), v)
