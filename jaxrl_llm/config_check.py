@@ -25,6 +25,7 @@ def check(config: Config) -> None:
     _task(config)
     _rewards(config)
     _batch(config)
+    _routing(config)
     _lengths(config)
     _evaluation(config)
     _mesh(config)
@@ -124,6 +125,21 @@ def _batch(config: Config) -> None:
     if config.reference.mode == "none" and config.reference.sync_every:
         raise ValueError(
             f"reference.sync_every={config.reference.sync_every}: there is no reference with reference.mode=none"
+        )
+
+
+def _routing(config: Config) -> None:
+    mode, model = config.learner.routing_replay, model_json(config)
+    if mode == "none":
+        return
+    if not (model.get("num_experts") or model.get("num_local_experts")):
+        raise ValueError(
+            f"learner.routing_replay={mode}: model_type {model.get('model_type')!r} has no experts, expected none"
+        )
+    if config.learner.old_logp != "rescore":
+        raise ValueError(
+            f"learner.old_logp={config.learner.old_logp}: learner.routing_replay={mode} needs old log-probs of the learner's "
+            "own forward, expected rescore"
         )
 
 

@@ -169,6 +169,14 @@ def test_a_wrong_key_or_value_is_refused_by_name(base, override, line):
         (["algorithm.name=gdpo"], "algorithm.name='gdpo': its views come from the scorer 'elbo'"),
         (["learner.minibatches=5"], "learner.minibatches=5: does not divide the 32 rows of a step"),
         (["learner.microbatch_rows=5"], "learner.microbatch_rows=5: does not divide the 32 rows of a minibatch"),
+        (
+            ["learner.routing_replay=old"],
+            "learner.routing_replay=old: model_type 'qwen3' has no experts, expected none",
+        ),
+        (
+            ["learner.routing_replay=old", "model.spec.num_experts=4", "learner.old_logp=sampler"],
+            "learner.old_logp=sampler: learner.routing_replay=old needs old log-probs of the learner's own forward",
+        ),
         (["rewards.parts=[{reward: judge}]"], "rewards.parts: a part is named judge, expected rewards.judge"),
         (["rewards.judge={url: x, model: y}"], "rewards.judge: no part uses it"),
         (["rewards.overlong_cache=8"], "rewards.overlong_cache=8"),

@@ -77,6 +77,11 @@ class ModelSpec:
         return tuple(self.experts is not None and i not in self.experts.dense for i in range(self.layers))
 
     @property
+    def routes(self) -> tuple[int, int]:
+        """What a token's experts are recorded as: layers that have experts, and how many of each it goes to."""
+        return self.sparse.count(True), 0 if self.experts is None else self.experts.per_token
+
+    @property
     def scale(self) -> float:
         """Factor of the attention logits."""
         return self.head_dim**-0.5

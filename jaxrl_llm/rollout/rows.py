@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrl_llm.tasks.base import Prompt
-from jaxrl_llm.types import CURRENT, Rollouts
+from jaxrl_llm.types import CURRENT, ROUTES, Rollouts
 
 STOP_TOKEN, STOP_STRING, STOP_LENGTH = "stop_token", "stop_string", "length"
 
@@ -82,8 +82,11 @@ def pack(
     length: int,
     parts: int,
     extras: Sequence[str] = (),
+    routes: tuple[int, int] | None = None,
 ) -> Rollouts:
     """Rows as `Rollouts` of numpy arrays with fixed shapes P=contexts, L=prompt_len, B=size, T=length, R=parts.
+
+    routes: `ModelSpec.routes` where recorded experts are kept (`training.routing`).
 
     Equal contexts of one group are stored once; missing rows are padding (nothing masked, not in statistics, a group of
     their own). Raises ValueError when something does not fit.
@@ -110,7 +113,11 @@ def pack(
         "source": np.full(size, CURRENT, np.int32),
         "block": np.arange(size, dtype=np.int32),
     }
-    more = {name: np.zeros(size, np.float32 if name in FLOAT_EXTRAS else np.int32) for name in extras}
+    more: dict[str, np.ndarray] = {
+        name: np.zeros(size, np.float32 if name in FLOAT_EXTRAS else np.int32) for name in extras
+    }
+    if routes is not None:
+        more[ROUTES] = np.full((size, prompt_len + length, *routes), -1, np.int16)
     for i, r in enumerate(rows):
         n = len(r.tokens)
         if n > length or len(r.context) > prompt_len:

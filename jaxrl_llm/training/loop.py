@@ -31,7 +31,7 @@ from jaxrl_llm.training.learner import Learner, NoGradientError, NonFiniteError
 from jaxrl_llm.training.parts import Parts
 from jaxrl_llm.training.rundir import RunDir, claim
 from jaxrl_llm.training.signals import Stop, stopping
-from jaxrl_llm.types import Memory, Params, Rollouts, State, contexts
+from jaxrl_llm.types import ROUTES, Memory, Params, Rollouts, State, contexts
 
 OnRows = Callable[[int, Sequence[Row]], None]
 
@@ -268,12 +268,16 @@ def batch_of(made: Parts, alg: Algorithm, plan: Plan, rows: Sequence[Row]) -> Ro
         length=rollout.max_new,
         parts=len(made.task.rewards),
         extras=alg.needs.row_extras,
+        routes=None if made.config.learner.routing_replay == "none" else made.spec.routes,
     )
 
 
 def rescore(learner: Learner, alg: Algorithm, plan: Plan, batch: Rollouts, old_logp: bool) -> Rollouts:
-    """Add what `credit` and `loss` need of frozen policies: old_logp, and each "<policy>_<view>" the method asked for."""
+    """Add what `credit` and `loss` need of frozen policies: old_logp, each "<policy>_<view>" the method asked for, and the
+    experts that updates will replay."""
     asked: dict[str, list[str]] = {"old": ["logp"] if old_logp else []}
+    record = learner.config.learner.routing_replay == "old"
+    asked["old"] += [ROUTES] if record else []
     for name in alg.needs.rescore:
         policy, view = name.split("_", 1)
         asked.setdefault(policy, []).append(view)
@@ -290,6 +294,8 @@ def rescore(learner: Learner, alg: Algorithm, plan: Plan, batch: Rollouts, old_l
             seen |= {f"{policy}_{name}": said[name] for name in names}
     if old_logp:
         batch = batch.with_(old_logp=seen.pop("old_logp"))
+    if record:
+        seen[ROUTES] = seen.pop(f"old_{ROUTES}")
     return batch.with_(extras=seen)
 
 

@@ -2,7 +2,12 @@
 
 Recorded by the learner's forward with the old policy ("R2"), replay keeps the model that is updated close to the one that
 sampled; recorded by the engine ("R3"), it also does away with what their routing differs in, and the old log-probs are taken
-under replay too. Router weights always come from the current parameters. MiniRL, arXiv 2512.01374; R3 is of 2510.11370.
+under replay too. Router weights always come from the current parameters. Names and rules as in MiniRL, arXiv 2512.01374:
+
+                        none    old (R2)     rollout (R3)
+    sampler_logp        own     own          own, records
+    old_logp            own     records      replays
+    logp of updates     own     replays      replays
 
 `Rollouts.extras["routes"]` is [B, L + T, M, k]: positions of the context, then of the completion; M layers with experts, k
 experts of a token. -1 where nothing was recorded: there the router chooses.
@@ -20,9 +25,8 @@ from jaxrl_llm.types import ROUTES, Rollouts
 
 def empty(spec: ModelSpec, rows: Rollouts) -> Int[Array, "B S M k"]:
     """Nothing recorded of these rows."""
-    assert spec.experts is not None
     positions = rows.prompt_tokens.shape[1] + rows.tokens.shape[1]
-    return jnp.full((len(rows.tokens), positions, spec.sparse.count(True), spec.experts.per_token), -1, ROUTE)
+    return jnp.full((len(rows.tokens), positions, *spec.routes), -1, ROUTE)
 
 
 def replayed(rows: Rollouts | None, piece: Piece) -> Int[Array, "M n S k"] | None:
