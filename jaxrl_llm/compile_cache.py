@@ -1,18 +1,22 @@
-"""What a start spends on compiling: JAX's persistent cache, on for the commands, and options for programs that hardly run.
+"""What a start spends on compiling: JAX's persistent cache, on for the commands, options for programs that hardly run, and the
+memory that compilers leave behind.
 
 JAX itself turns an entry that it cannot read or write into a warning and compiles; two processes may share a directory.
 """
 
+import ctypes
 import hashlib
 import os
 import platform
 import sys
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 LIMIT = 4 * 2**30  # bytes kept in our own directory
 NEVER = 1e9  # seconds of compilation that no program takes
+LONG = 0.2  # seconds of compilation that leave memory worth the milliseconds it takes to return it
 
 
 def use(where: str | None) -> Path | None:
@@ -65,6 +69,26 @@ def quickly() -> dict[str, bool | int]:
         return {}
     emitters = {"xla_cpu_use_fusion_emitters": False} if version("jaxlib").startswith("0.10.") else {}
     return {"xla_backend_optimization_level": 1, **emitters}
+
+
+@cache
+def return_memory() -> None:
+    """From here on return freed memory to the system after every long compilation.
+
+    The heap of a compiler ends in many small free pieces, which glibc would keep: a third of a gigabyte after the start of a
+    small run, on top of which the buffers of the run come. Other C libraries are left alone.
+    """
+    import jax
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is None:
+        return
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration" and duration_secs > LONG:
+            trim(0)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 def own() -> Path:

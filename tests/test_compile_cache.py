@@ -87,3 +87,25 @@ def test_the_entries_used_longest_ago_go_first(tmp_path):
         os.utime(tmp_path / name, (1000 - age, 1000 - age))
     compile_cache.prune(tmp_path, 17)
     assert {path.name for path in tmp_path.iterdir()} == {"new", "old"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_memory_is_returned_after_long_compilations_only(monkeypatch):
+    calls, compiled = [], "/jax/core/compile/backend_compile_duration"
+
+    class Library:
+        malloc_trim = staticmethod(calls.append)
+
+    monkeypatch.setattr(compile_cache.ctypes, "CDLL", lambda name: Library)
+    listeners = []
+    monkeypatch.setattr(jax.monitoring, "register_event_duration_secs_listener", listeners.append)
+    compile_cache.return_memory.__wrapped__()
+    (listen,) = listeners
+    listen(compiled, 0.01)
+    listen("/jax/core/compile/jaxpr_trace_duration", 9.0)
+    assert calls == []
+    listen(compiled, 1.0)
+    assert calls == [0]
+    monkeypatch.setattr(compile_cache.ctypes, "CDLL", lambda name: object())
+    compile_cache.return_memory.__wrapped__()
+    assert len(listeners) == 1

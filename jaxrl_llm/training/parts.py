@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from jaxrl_llm import algorithms
 from jaxrl_llm.algorithms.base import Algorithm
+from jaxrl_llm.compile_cache import return_memory
 from jaxrl_llm.config import Config
 from jaxrl_llm.models.spec import ModelSpec
 from jaxrl_llm.rollout import driver
@@ -42,7 +43,8 @@ class Parts:
     def engine(self, params: Params, version: int, hook: Any = None) -> Engine:
         """The engine compiled with this sampler hook, holding these weights."""
         if hook not in self.engines:
-            self.engines[hook] = build.engine(self.config, self.spec, self.mesh, self.words, hook=hook)
+            record = self.config.learner.routing_replay == "rollout"
+            self.engines[hook] = build.engine(self.config, self.spec, self.mesh, self.words, hook=hook, record=record)
         if self.loaded.get(hook) is not params:
             self.engines[hook].set_weights(params, version)
             self.loaded[hook] = params
@@ -58,6 +60,7 @@ def make(config: Config) -> tuple[Parts, Params]:
 
     Raises ValueError in one line for anything the config names that is not there or does not fit.
     """
+    return_memory()
     with ThreadPoolExecutor(1) as background:  # transformers loads while problems are generated in a process
         loading = background.submit(build.text, config)
         task = load_task(config.task, config.rewards, config.run.seed, config.rollout.max_new)
