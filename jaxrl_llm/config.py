@@ -204,9 +204,9 @@ class Learner(Section):
         "shared", "how rows are executed; the gradient is the same. shared: a prompt once for all its completions"
     )
     importance: Importance = Importance()
-    routing_replay: Literal["none", "old"] = described(
+    routing_replay: Literal["none", "old", "rollout"] = described(
         "none",
-        "models with experts: updates use those a token went to in the old policy's forward (old)",
+        "models with experts: updates use those a token went to in the old policy's forward (old), or in generation (rollout)",
     )
     max_nonfinite: int = described(5, "stop after this many skipped updates in a row", ge=1)
 

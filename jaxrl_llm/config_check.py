@@ -277,6 +277,11 @@ def _needs(config: Config, name: str, alg: Any) -> None:
             f"learner.importance.mode={config.learner.importance.mode}: {name} corrects for the sampler itself, "
             "expected none"
         )
+    if config.learner.routing_replay == "rollout" and needs.given == "all":
+        raise ValueError(
+            f"learner.routing_replay=rollout: {name} trains on given completions, of which no engine records experts, "
+            "expected none or old"
+        )
     if config.learner.route == "fused" and alg.couples == "minibatch":
         raise ValueError(
             f"learner.route=fused: the loss of {name} couples the rows of a minibatch, expected auto or joint"

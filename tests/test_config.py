@@ -177,6 +177,13 @@ def test_a_wrong_key_or_value_is_refused_by_name(base, override, line):
             ["learner.routing_replay=old", "model.spec.num_experts=4", "learner.old_logp=sampler"],
             "learner.old_logp=sampler: learner.routing_replay=old needs old log-probs of the learner's own forward",
         ),
+        (
+            [
+                *["learner.routing_replay=rollout", "model.spec.num_experts=4"],
+                *["algorithm.name=dpo", "algorithm.pairs=given", "reference.mode=resident"],
+            ],
+            "learner.routing_replay=rollout: dpo trains on given completions, of which no engine records experts",
+        ),
         (["rewards.parts=[{reward: judge}]"], "rewards.parts: a part is named judge, expected rewards.judge"),
         (["rewards.judge={url: x, model: y}"], "rewards.judge: no part uses it"),
         (["rewards.overlong_cache=8"], "rewards.overlong_cache=8"),

@@ -289,6 +289,30 @@ class counting_compilations:
         jax.monitoring.unregister_event_duration_listener(self.listener)
 
 
+@pytest.mark.parametrize("sizes", [{"fsdp": 1}, {"fsdp": 2, "tp": 2}], ids=str)
+def test_the_experts_of_context_and_completion_are_recorded(sizes):
+    spec = tiny.spec("qwen3_moe")
+    params, mesh = sharp(spec), make_mesh(config.Mesh(**sizes), jax.devices()[: int(np.prod([*sizes.values()]))])
+    split = jax.device_put(params, rules.shardings(decoder.logical_axes(spec), params, mesh))
+    answers = engine(spec, split, mesh, record=True, chunk=3, eos_ids=(1, 2, 3)).generate(
+        CONTEXTS, COUNTS, seed=0, step=0
+    )
+    assert len({len(c.tokens) for c in flat(answers)}) > 2
+    for context, completions in zip(CONTEXTS, answers):
+        for c in completions:
+            tokens = np.concatenate([context, c.tokens])[None]
+            at = jnp.arange(tokens.shape[1])[None]
+            _, kept = decoder.forward(spec, params, tokens, at, causal())
+            assert c.routes.dtype == np.int16
+            np.testing.assert_array_equal(c.routes, jnp.moveaxis(kept.routes[:, 0], 0, 1)[:-1])
+
+
+def test_a_model_without_experts_has_none_to_record(plain):
+    assert flat(plain.generate(CONTEXTS[:1], [1], seed=0, step=0))[0].routes is None
+    with pytest.raises(ValueError, match="record=True: qwen3 has no experts to record"):
+        engine(record=True)
+
+
 def test_a_mesh_splits_experts_and_samples_the_same():
     spec = tiny.spec("qwen3_moe")
     params, sizes = sharp(spec), {"fsdp": 2, "tp": 2}

@@ -9,12 +9,16 @@ import learning
 import numpy as np
 import pytest
 import tiny
-from learning import APART, COUPLED, ROWS, L, T, assert_close, assert_same
+from learning import APART, COUPLED, GROUP, PROMPTS, ROWS, L, T, assert_close, assert_same
 
 from jaxrl_llm import types
 from jaxrl_llm.algorithms.base import Plan
 from jaxrl_llm.models import attention, decoder, scorers
+from jaxrl_llm.rollout.collectors import row_of
+from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.rows import pack
 from jaxrl_llm.sharding.mesh import make_mesh
+from jaxrl_llm.tasks.base import Prompt
 from jaxrl_llm.training import loop
 from jaxrl_llm.training.learner import Learner
 from jaxrl_llm.types import ROUTES
@@ -170,3 +174,73 @@ def test_the_loop_records_with_old_logp():
     np.testing.assert_array_equal(batch.extras[ROUTES], views.extras[ROUTES])
     np.testing.assert_array_equal(batch.old_logp, views.logp)
     assert set(batch.extras) == {ROUTES}
+
+
+# recorded by the engine
+
+
+def sampled(rounded=None):
+    """Rows of an engine that records experts, its weights rounded to so many bits of mantissa."""
+    engine = Engine(
+        SPEC, make_mesh(), max_prompt=L, max_new=T, slots=4, eos_ids=(1, 2, 3), record=True, dtype=jnp.float64
+    )
+    weights = params()
+    if rounded is not None:
+        weights = jax.tree.map(lambda x: jax.lax.reduce_precision(x, 11, rounded), weights)
+    engine.set_weights(weights, version=0)
+    batch = rows()
+    prompts = [Prompt(id=i, tokens=batch.prompt_tokens[i, : batch.prompt_length[i]], record={}) for i in range(PROMPTS)]
+    answers = engine.generate([p.tokens for p in prompts], [GROUP] * PROMPTS, seed=3, step=0)
+    made = [row_of(p, c, g) for g, (p, cs) in enumerate(zip(prompts, answers)) for c in cs]
+    for i, row in enumerate(made):
+        row.reward = np.array([float(i % 3)])
+    return made
+
+
+def packed(made, routes=SPEC.routes):
+    return pack(made, contexts=PROMPTS, prompt_len=L, size=ROWS, length=T, parts=1, routes=routes)
+
+
+def test_replay_of_an_engine_that_equals_the_trainer_changes_nothing():
+    made = sampled()
+    batch, bare = packed(made), packed(made, routes=None)
+    assert ROUTES not in bare.extras
+    seen = learner().views(bare, ("logp", ROUTES))
+    last = L + np.maximum(batch.length - 1, 0)  # of the last token the engine has not seen, and nothing depends on it
+    expected = np.array(seen.extras[ROUTES])
+    expected[np.arange(ROWS), last] = -1
+    np.testing.assert_array_equal(batch.extras[ROUTES], expected)
+    np.testing.assert_array_equal(learner().views(batch, ("logp",)).logp, seen.logp)
+    np.testing.assert_allclose(np.where(batch.mask, seen.logp - batch.sampler_logp, 0), 0, atol=1e-5)
+    assert_same(gradient(learner(), batch), gradient(learner(), bare))
+
+
+def test_replay_of_an_engine_that_differs_brings_the_trainer_closer_to_it():
+    """Engine weights rounded to 3 bits choose other experts; the trainer that replays them is nearer to what was sampled."""
+
+    def gap(batch, **settings):
+        logp = learner(**settings).views(batch, ("logp",)).logp
+        return float(np.abs(np.where(batch.mask, logp - batch.sampler_logp, 0)).sum() / batch.mask.sum())
+
+    coarse = sampled(rounded=3)
+    assert (packed(coarse).extras[ROUTES] != packed(sampled()).extras[ROUTES]).any()
+    assert 0 < gap(packed(coarse)) < gap(packed(coarse, routes=None))
+
+
+def test_old_logp_is_rescored_under_the_engine_s_experts():
+    batch, made = packed(sampled(rounded=3)), learner(routing_replay="rollout")
+    scored = loop.rescore(made, made.alg, Plan(), batch, old_logp=True)
+    np.testing.assert_array_equal(scored.extras[ROUTES], batch.extras[ROUTES])
+    np.testing.assert_array_equal(scored.old_logp, made.views(batch, ("logp",)).logp)
+    natural = made.views(packed(sampled(rounded=3), routes=None), ("logp",)).logp
+    assert np.abs(np.where(batch.mask, scored.old_logp - natural, 0)).max() > 1e-4
+
+
+def test_rows_without_recorded_experts_and_mismatched_ones():
+    made = sampled()
+    made[2].routes = None
+    routes = packed(made).extras[ROUTES]
+    assert (routes[2] == -1).all() and (routes[3] >= 0).any()
+    made[1].routes = made[1].routes[:-1]
+    with pytest.raises(ValueError, match=r"row 1: experts of \d+ tokens are recorded, expected \d+"):
+        packed(made)

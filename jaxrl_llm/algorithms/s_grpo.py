@@ -123,6 +123,7 @@ def serial(config: Config, step: int) -> Callable[..., Generator[Any, Any, Any]]
                     group=g,
                     version=answer.version,
                     truncated=answer.stop == STOP_LENGTH,
+                    routes=answer.routes,
                     extras={"exit_order": order},
                 )
             )

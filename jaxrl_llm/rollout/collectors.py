@@ -30,6 +30,7 @@ def row_of(prompt: Prompt, completion: Completion, group: int, **extras: Any) ->
         group=group,
         version=completion.version,
         truncated=completion.stop == STOP_LENGTH,
+        routes=completion.routes,
         extras={"prompt_id": prompt.id, **extras},
     )
 

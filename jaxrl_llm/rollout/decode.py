@@ -12,7 +12,8 @@ With long prompts this is most of what a step reads.
 Keys are stored `[.., hd, columns]`: queries times keys is then a plain row-major matrix product (twice as fast on CPU).
 
 Letters: S slots, N items in the queue, P contexts, L context columns, T own columns (max_new), W lanes, G places of a lane,
-K key/value heads, R query heads per key/value head, hd head width, V vocabulary, C steps between two looks of the host.
+K key/value heads, R query heads per key/value head, hd head width, V vocabulary, C steps between two looks of the host,
+M layers with experts, k experts of a token.
 """
 
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from jaxrl_llm.algorithms.base import SamplerHook
 from jaxrl_llm.models import decoder
 from jaxrl_llm.models.attention import LayerInfo, accumulator, causal
+from jaxrl_llm.models.experts import ROUTE
 from jaxrl_llm.models.spec import ModelSpec
 from jaxrl_llm.rollout.sampling import Sampling, choose, uniforms
 from jaxrl_llm.sharding.rules import constrain
@@ -44,6 +46,7 @@ class Settings(NamedTuple):
     score_temperature: float
     hook: SamplerHook | None
     lockstep: tuple[str, ...]  # mesh axes whose shards take the same number of steps
+    record: bool  # keep the experts that tokens go to
 
 
 class Cache(NamedTuple):
@@ -92,6 +95,7 @@ class Log(NamedTuple):
     sampler_logp: Float[Array, "C S"]
     policy_logp: Float[Array, "C S"]
     margin: Float[Array, "C S"]
+    routes: Int[Array, "C S M k"] | None = None  # experts the step's input went to, where they are recorded
 
 
 def prepare(spec: ModelSpec, dtype: Any, params: Params) -> Params:
@@ -106,9 +110,16 @@ def prepare(spec: ModelSpec, dtype: Any, params: Params) -> Params:
 
 
 def prefill(
-    spec: ModelSpec, dtype: Any, batch: int, params: Params, tokens: Int[Array, "D P L"], count: Int[Array, ""]
-) -> tuple[Cache, ...]:
-    """Keys and values of the first `count` contexts of each of D shards, `batch` contexts of a shard at a time.
+    spec: ModelSpec,
+    dtype: Any,
+    record: bool,
+    batch: int,
+    params: Params,
+    tokens: Int[Array, "D P L"],
+    count: Int[Array, ""],
+) -> tuple[tuple[Cache, ...], Int[Array, "D P L M k"] | None]:
+    """Keys and values of the first `count` contexts of each of D shards, `batch` contexts of a shard at a time; and, to
+    `record`, the experts their tokens went to.
 
     Contexts are right-padded: with causal attention no cached token sees padding, and the mask of the decode loop ends
     at the context's length.
@@ -119,20 +130,22 @@ def prefill(
         Cache(jnp.zeros((*shape, spec.head_dim, length), dtype), jnp.zeros((*shape, length, spec.head_dim), dtype))
         for _ in range(spec.layers)
     )
+    routes = jnp.zeros((*tokens.shape, *spec.routes), ROUTE) if record else None
 
-    def some(i: Array, pool: tuple[Cache, ...]) -> tuple[Cache, ...]:
+    def some(i: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
         part = lax.dynamic_slice_in_dim(tokens, i * batch, batch, 1).reshape(shards * batch, length)
         positions = jnp.broadcast_to(jnp.arange(length), part.shape)
         _, kept = decoder.forward(spec, params, part, positions, causal(keep_kv=True), dtype=dtype)
         k, v = kept.attend
         k = k.transpose(0, 1, 3, 4, 2).reshape(spec.layers, shards, batch, *pool[0].k.shape[2:])
         v = v.transpose(0, 1, 3, 2, 4).reshape(spec.layers, shards, batch, *pool[0].v.shape[2:])
-        return tuple(
-            Cache(*(lax.dynamic_update_slice_in_dim(old, new[n], i * batch, 1) for old, new in zip(c, (k, v))))
-            for n, c in enumerate(pool)
-        )
+        new = tuple(Cache(k[n], v[n]) for n in range(spec.layers)), None
+        if record:
+            went = jnp.moveaxis(kept.routes, 0, 2)  # type: ignore[arg-type]
+            new = new[0], went.reshape(shards, batch, *went.shape[1:])
+        return jax.tree.map(lambda old, x: lax.dynamic_update_slice_in_dim(old, x, i * batch, 1), carry, new)
 
-    return lax.fori_loop(0, -(-count // batch), some, pool)
+    return lax.fori_loop(0, -(-count // batch), some, (pool, routes))
 
 
 def idle_slots(
@@ -182,7 +195,8 @@ def decode(
     """
     size = slots.item.shape[0]
     ints, floats = jnp.zeros((settings.chunk, size), jnp.int32), jnp.zeros((settings.chunk, size), jnp.float32)
-    log = Log(ints - 1, ints, ints, ints, floats, floats, floats)
+    routes = jnp.zeros((*ints.shape, *settings.spec.routes), ROUTE) if settings.record else None
+    log = Log(ints - 1, ints, ints, ints, floats, floats, floats, routes)
 
     def busy(slots: Slots) -> Bool[Array, ""]:
         mine = (slots.next < count) | (jnp.sum(slots.item >= 0) > shrink_at)
@@ -197,7 +211,7 @@ def decode(
         if pool is not None and queue is not None:
             slots = refill(pool, queue, count, slots)
         slots, row = step(settings, truncated, weights, stop_table, hook_state, slots)
-        log = Log(*(lax.dynamic_update_slice_in_dim(x, r[None].astype(x.dtype), steps, 0) for x, r in zip(log, row)))
+        log = jax.tree.map(lambda x, r: lax.dynamic_update_slice_in_dim(x, r[None].astype(x.dtype), steps, 0), log, row)
         return slots, log, steps + 1, busy(slots)
 
     slots, log, steps, _ = lax.while_loop(going, body, (slots, log, jnp.zeros((), jnp.int32), busy(slots)))
@@ -258,7 +272,7 @@ def step(
 ) -> tuple[Slots, Log]:
     """One token for every slot; idle slots compute along and are ignored."""
     job, live = slots.job, slots.item >= 0
-    logits, own = token_logits(settings, weights, slots)
+    logits, own, routes = token_logits(settings, weights, slots)
     sampling = job.sampling
     if settings.hook is not None:
         sampling = sampling._replace(temperature=settings.hook(logits, sampling.temperature, hook_state))
@@ -278,7 +292,8 @@ def step(
     if settings.eos_ids:
         eos = jnp.asarray(settings.eos_ids, jnp.int32)
         reason = jnp.where((choice.token[:, None] == eos).any(-1), ON_TOKEN, reason)
-    row = Log(slots.item, slots.age, choice.token, reason, choice.sampler_logp, choice.policy_logp, choice.margin)
+    said = (choice.sampler_logp, choice.policy_logp, choice.margin)
+    row = Log(slots.item, slots.age, choice.token, reason, *said, routes if settings.record else None)
     slots = slots._replace(
         clock=slots.clock + 1,
         item=jnp.where(reason == GOING, slots.item, -1),
@@ -290,8 +305,10 @@ def step(
     return slots, row
 
 
-def token_logits(settings: Settings, weights: Params, slots: Slots) -> tuple[Float[Array, "S V"], tuple[Cache, ...]]:
-    """Logits after every slot's next input, and the own caches with that input added."""
+def token_logits(
+    settings: Settings, weights: Params, slots: Slots
+) -> tuple[Float[Array, "S V"], tuple[Cache, ...], Int[Array, "S M k"] | None]:
+    """Logits after every slot's next input, the own caches with that input added, and the experts it went to."""
     spec, job = settings.spec, slots.job
     position = job.length + slots.age
     columns = slots.own[0].v.shape[2]
@@ -316,15 +333,17 @@ def token_logits(settings: Settings, weights: Params, slots: Slots) -> tuple[Flo
         return joined(q[:, 0], seat, slots.context[n], seen_c, cache, seen_o, info.scale)[:, None], cache
 
     own: list[Cache] = []
+    routes: list[Array] = []
     x = decoder.embed(spec, weights, slots.token[:, None], settings.dtype)
     cos, sin = decoder.rope(spec, position[:, None], settings.dtype)
     for info, p in zip(decoder.layer_infos(spec), weights["layers"]):
         x, kept = decoder.block(spec, p, info, x, cos, sin, attend)
         own.append(kept.attend)
+        routes += [] if kept.routes is None else [kept.routes[:, 0]]
     hidden = decoder.final_norm(spec, weights, x)[:, 0]
     logits = jnp.matmul(hidden, weights["unembed"], preferred_element_type=accumulator(settings.dtype))
     # Whole on every device: shards branch differently when they choose tokens, and must not communicate there.
-    return constrain(logits, None, None), tuple(own)
+    return constrain(logits, None, None), tuple(own), jnp.stack(routes, 1) if routes else None
 
 
 def joined(

@@ -58,9 +58,11 @@ class Engine:
         `Completion.policy_logp`.
       hook: changes the temperature of every choice from the logits (`algorithms.base.SamplerHook`).
       batch_invariant: one compiled size, for bitwise replays; slower tails.
+      record: keep the experts every token went to (`Completion.routes`).
       chunk: steps between two looks of the host.
     Raises:
-      ValueError: lengths beyond the model's positions, or stop strings without `pieces`.
+      ValueError: lengths beyond the model's positions, stop strings without `pieces`, or a record of experts of a model
+        without.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Engine:
         dtype: Any = jnp.float32,
         hook: SamplerHook | None = None,
         batch_invariant: bool = False,
+        record: bool = False,
         chunk: int = 64,
     ):
         if max_prompt + max_new > spec.max_positions:
@@ -88,6 +91,8 @@ class Engine:
                 f"rollout.max_prompt + max_new: {max_prompt + max_new}, expected at most the model's "
                 f"{spec.max_positions} positions"
             )
+        if record and spec.experts is None:
+            raise ValueError(f"record=True: {spec.family} has no experts to record")
         self.spec, self.mesh, self.dtype = spec, mesh, jnp.dtype(dtype)
         self.max_prompt, self.max_new, self.slots = max_prompt, max_new, slots
         self.defaults = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -107,7 +112,7 @@ class Engine:
         # With tp the devices of a step communicate, and the compiler may let all of them take part.
         lockstep = SHARDED if mesh.shape["tp"] > 1 else ()
         self.settings = decode.Settings(
-            spec, self.dtype, max_new, chunk, tuple(eos_ids), temperature or 1.0, hook, lockstep
+            spec, self.dtype, max_new, chunk, tuple(eos_ids), temperature or 1.0, hook, lockstep, record
         )
         self._compile(self.settings)
 
@@ -157,9 +162,9 @@ class Engine:
         with jax.set_mesh(self.mesh):
             keys = np.asarray(self._keys(seed, step, first_item + np.arange(_power(len(owner)), dtype=np.int32)))
             size, lanes = self._shape(contexts, owner, max(len(items) for items in shards))
-            pool, queue = self._upload(contexts, owner, shards, lanes[1], keys, limits, sampling)
+            pool, queue, went = self._upload(contexts, owner, shards, lanes[1], keys, limits, sampling)
             truncated = bool((sampling.top_k > 0).any() or (sampling.top_p < 1).any() or (sampling.min_p > 0).any())
-            done = _Results(len(owner), self.max_new, int(self.version or 0), on_finished)
+            done = _Results(len(owner), self.max_new, int(self.version or 0), on_finished, went)
             slots = self._idle(size, lanes, pool[0].v.shape[-2], queue)
             self._loop(truncated, size, slots, pool, queue, shards, jax.device_put(hook_state, self._everywhere), done)
         self.stats = done.stats() | {"compilations": self.compilations, "contexts": len(contexts)}
@@ -209,8 +214,8 @@ class Engine:
             return size, (size, 1)
         return size, (min(size, 2 * -(-size // places)), places)
 
-    def _upload(self, contexts, owner, shards, places, keys, limits, sampling) -> tuple[Any, decode.Job]:
-        """Prefilled contexts and queues, for every shard."""
+    def _upload(self, contexts, owner, shards, places, keys, limits, sampling) -> tuple[Any, decode.Job, Any]:
+        """Prefilled contexts and queues, for every shard; and the recorded experts of each item's cached tokens, or None."""
         local = [np.unique(owner[items]) for items in shards]  # a group that straddles shards is prefilled in both
         rows = _power(max(len(c) for c in local))
         lengths: Any = np.array([len(c) - 1 for c in contexts], np.int32)  # of what is cached
@@ -239,8 +244,12 @@ class Engine:
             sampling=jax.tree.map(lambda x: x[whose], sampling),
         )
         batch = min(rows, _power(max(PREFILL_TOKENS // columns, 1)))
-        pool = self._prefill(batch, self._params, jax.device_put(tokens, self._shard), max(len(c) for c in local))
-        return pool, jax.device_put(queue, self._shard)
+        held = max(len(c) for c in local)
+        pool, routes = self._prefill(batch, self._params, jax.device_put(tokens, self._shard), held)
+        if routes is not None:
+            went, places = jax.device_get(routes), [(d, i) for d, items in enumerate(shards) for i in range(len(items))]
+            routes = [went[d, context[d, i], : queue.length[d, i]] for d, i in places]
+        return pool, jax.device_put(queue, self._shard), routes
 
     def _loop(self, truncated, size, slots, pool, queue, shards, hook_state, done: "_Results") -> None:
         """Decode until every shard has emptied its queue; sort logs into completions while the device goes on."""
@@ -287,7 +296,7 @@ class Engine:
             )
 
         def prefill(batch, params, tokens, count):
-            return decode.prefill(spec, settings.dtype, batch, params, tokens, count)
+            return decode.prefill(spec, settings.dtype, settings.record, batch, params, tokens, count)
 
         def idle(size, lanes, length, queue):
             f = partial(decode.idle_slots, spec, settings.dtype, size, lanes, settings.max_new, length)
@@ -317,7 +326,8 @@ class Engine:
         weights = jax.tree.map(lambda s: NamedSharding(self.mesh, s), weights)
         quick = partial(jax.jit, compiler_options=quickly())
         self._prepare = quick(counted(partial(decode.prepare, spec, settings.dtype), "prepare"), out_shardings=weights)
-        self._prefill = jax.jit(counted(prefill, "prefill"), static_argnums=0, out_shardings=self._shard)
+        once = (self._shard, self._everywhere)
+        self._prefill = jax.jit(counted(prefill, "prefill"), static_argnums=0, out_shardings=once)
         self._idle = quick(counted(idle, "idle"), static_argnums=(0, 1, 2))
         # Every process reads the whole log, so that all of them take the same decisions.
         out = (self._shard, self._everywhere, self._everywhere)
@@ -329,13 +339,22 @@ class Engine:
 class _Results:
     """Logs of the decode loop, sorted into completions."""
 
-    def __init__(self, items: int, max_new: int, version: int, on_finished: Callable[[int, Completion], None] | None):
+    def __init__(
+        self,
+        items: int,
+        max_new: int,
+        version: int,
+        on_finished: Callable[[int, Completion], None] | None,
+        went: Sequence[np.ndarray] | None = None,
+    ):
+        """went: the experts of each item's cached context, where they are recorded."""
         self.tokens = np.zeros((items, max_new), np.int32)
         self.sampler_logp = np.zeros((items, max_new), np.float32)
         self.policy_logp = np.zeros((items, max_new), np.float32)
         self.margins = np.full(items, np.inf, np.float32)  # smallest choice margin of each item
         self.completions: list[Completion | None] = [None] * items
-        self.version, self.on_finished = version, on_finished
+        self.version, self.on_finished, self.went = version, on_finished, went
+        self.routes = None if went is None else np.zeros((items, max_new, *went[0].shape[1:]), went[0].dtype)
         self.steps = self.slot_steps = self.new_tokens = self.close = 0
 
     def add(self, log: decode.Log, steps: np.ndarray, first: np.ndarray, size: int) -> None:
@@ -346,6 +365,8 @@ class _Results:
         self.tokens[item, age] = host.token[at]
         self.sampler_logp[item, age] = host.sampler_logp[at]
         self.policy_logp[item, age] = host.policy_logp[at]
+        if self.routes is not None:
+            self.routes[item, age] = host.routes[at]
         np.minimum.at(self.margins, item, host.margin[at])
         self.close += int(np.sum(host.margin[at] < CLOSE))
         self.new_tokens += len(item)
@@ -354,7 +375,10 @@ class _Results:
         reason = host.reason[at]
         for i, n, why in zip(*(x[reason != decode.GOING] for x in (item, age + 1, reason))):
             arrays = (x[i, :n].copy() for x in (self.tokens, self.sampler_logp, self.policy_logp))
-            self.completions[i] = Completion(*arrays, stop=STOP_NAMES[int(why)], version=self.version)
+            routes = None
+            if self.routes is not None and self.went is not None:
+                routes = np.concatenate([self.went[i], self.routes[i, :n]])
+            self.completions[i] = Completion(*arrays, stop=STOP_NAMES[int(why)], version=self.version, routes=routes)
             if self.on_finished is not None:
                 self.on_finished(int(i), self.completions[i])  # type: ignore[arg-type]
 

@@ -20,6 +20,7 @@ class Completion(NamedTuple):
     policy_logp: np.ndarray  # float32, log softmax(logits / score temperature) over the whole vocabulary
     stop: str  # STOP_TOKEN, STOP_STRING or STOP_LENGTH
     version: int  # RL step of the weights
+    routes: np.ndarray | None = None  # int16 [S-1, M, k]: experts of context and completion, but for the last token
 
 
 class Request(NamedTuple):
@@ -70,6 +71,7 @@ class Row:
     scored: bool = True
     stat: bool = True
     text: str | None = None  # decoded completion, what the reward saw
+    routes: np.ndarray | None = None  # experts of context and tokens, as `Completion.routes` has them
     extras: dict[str, Any] = field(default_factory=dict)  # scalars by name, cast to arrays by `pack`
 
 
@@ -144,6 +146,11 @@ def pack(
             b["reward"][i, : len(r.reward)] = r.reward  # given rows have one part, whatever the task's
         for name in extras:
             more[name][i] = r.extras[name]
+        if routes is not None and r.routes is not None:
+            if len(r.routes) != (seen := len(r.context) + n - 1):
+                raise ValueError(f"row {i}: experts of {len(r.routes)} tokens are recorded, expected {seen}")
+            more[ROUTES][i, : len(r.context)] = r.routes[: len(r.context)]
+            more[ROUTES][i, prompt_len : prompt_len + n - 1] = r.routes[len(r.context) :]
     return Rollouts(prompt_tokens=prompt_tokens, prompt_length=prompt_length, extras=more, **b)  # type: ignore[arg-type]
 
 
