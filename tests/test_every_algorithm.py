@@ -20,11 +20,6 @@ from jaxrl_llm import algorithms
 from jaxrl_llm.algorithms import Algorithm
 from jaxrl_llm.types import REPLAY, Credit, Metrics, Rollouts, Views, merge_metrics, metric_value
 
-REQUIRED = {  # fields without a usable default
-    "dapo_direct": {"delimiter": (2,)},
-    "s_grpo": {"marker": (5,), "inducer": (6, 5)},
-    "riskpo": {"bundle": 2},  # of five prompts one has a single answer, so bundles of five have one sample
-}
 VARIANTS = [
     ("grpo", {"scale": "none", "aggregation": "seq-mean-token-sum-norm", "count_empty": True}),  # Dr.GRPO
     ("grpo", {"clip_high": 0.28, "aggregation": "token-mean", "overlong_filter": True}),  # DAPO
@@ -75,7 +70,7 @@ STRAIGHT_THROUGH: list[tuple[str, dict[str, Any], str]] = [
     ("tempsamp_r1", {}, "the ratio is 1, whatever the likelihood"),
     ("hapo", {}, "the entropy of the policy steers weights and clips as a constant"),
 ]
-DEFAULTS = [(name, REQUIRED.get(name, {})) for name in algorithms.names()]
+DEFAULTS = [(name, nasty.REQUIRED.get(name, {})) for name in algorithms.names()]
 KEY = jax.random.key(3)
 
 

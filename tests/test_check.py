@@ -1,0 +1,299 @@
+"""`jaxrl_llm check`: strangers' losses agree with the reference, and each mistake people make is named."""
+
+import dataclasses
+import json
+from functools import partial
+
+import jax
+import numpy as np
+import plain_losses as plain
+import pytest
+from nasty import REQUIRED
+
+from jaxrl_llm import algorithms, cli
+from jaxrl_llm.checking import cases, causes, check, report
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+METHODS = {
+    "grpo": ("grpo", {}),
+    "dapo": ("grpo", {"clip_high": 0.28, "aggregation": "token-mean"}),
+    "gspo": ("gspo", {}),
+    "sums": ("grpo", {"aggregation": "seq-mean-token-sum"}),
+    "cispo": ("cispo", {}),
+    "ppo": ("ppo", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def subject():
+    """Methods on one case of every kind, made once."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            with jax.enable_x64(True):
+                made[name] = check.prepare(*METHODS[name], count=4)
+        return made[name]
+
+    return of
+
+
+def causes_of(subject, function):
+    compared, _ = check.compare(subject, function, "theirs")
+    return {cause.name for cause in causes.explain(compared)}
+
+
+AGREE = [
+    ("grpo", plain.grpo, "numpy"),
+    ("grpo", plain.grpo_jax, "jax"),
+    ("grpo", plain.grpo_with_gradient, "numpy"),
+    ("dapo", plain.numpy_loss("dapo"), "numpy"),
+    ("gspo", plain.gspo, "numpy"),
+    ("gspo", plain.gspo_torch, "torch"),
+    ("cispo", plain.cispo_jax, "jax"),
+    ("ppo", plain.ppo_torch, "torch"),
+]
+
+
+@pytest.mark.parametrize("name, function, framework", AGREE)
+def test_a_plain_implementation_agrees_in_its_framework(subject, name, function, framework):
+    compared, foreign = check.compare(subject(name), function, "theirs")
+    assert foreign.framework == framework
+    assert causes.disagreeing(compared) == {}
+    assert list(compared.theirs[0].grads) == [v for v in subject(name).alg.needs.loss if v in foreign.takes]
+    assert "agrees in 4 cases" in report.agreement(compared, "theirs")
+
+
+EVERYWHERE = [  # what is wrong, and what it is called; in every method with group-normalised advantages and a clip
+    ({"sign": -1}, {"sign"}),
+    ({"a_sign": -1}, {"sign"}),
+    ({"ddof": 0}, {"ddof"}),
+    ({"eps": 1e-4}, {"eps"}),
+    ({"eps": 1e-8}, {"eps"}),
+    ({"eps": 1e-4, "inside": True}, {"eps"}),
+    ({"bare": True}, {"group of one", "eps"}),  # 0/0 in both
+    ({"std": "none"}, {"std"}),
+    ({"std": "batch"}, {"std"}),
+    ({"mean": "none"}, {"baseline"}),
+    ({"rule": "max"}, {"clip side"}),
+    ({"rule": "clip only"}, {"clip side"}),
+    ({"low": 1.0}, {"clip side"}),
+    ({"high": 1e9}, {"clip side"}),
+    ({"low": 1.0, "high": 1e9}, {"clip side"}),
+    ({"ignore": "all"}, {"missing mask"}),
+]
+INJECTED = [(name, *one) for name in ("grpo", "gspo") for one in EVERYWHERE] + [
+    ("grpo", {"how": "sum"}, {"sum for mean"}),
+    ("grpo", {"how": "row sums"}, {"sum for mean"}),
+    ("grpo", {"how": "token-mean"}, {"wrong aggregation"}),
+    ("grpo", {"how": "row means, empty rows too"}, {"wrong aggregation"}),
+    ("grpo", {"how": "all positions"}, {"wrong aggregation", "missing mask"}),  # it is both
+    ("grpo", {"ddof": 0, "eps": 1e-4}, {"ddof and eps"}),
+    ("grpo", {"ddof": 0, "how": "token-mean"}, {"ddof and wrong aggregation"}),
+    ("grpo", {"sequence": True, "low": 3e-4, "high": 4e-4}, {"another method"}),
+    ("grpo", {"ddof": 0, "how": "token-mean", "low": 0.1}, set()),  # three at once are not recognised
+    ("dapo", {"sign": -1}, {"sign"}),
+    ("dapo", {"ddof": 0}, {"ddof"}),
+    ("dapo", {"how": "row means"}, {"wrong aggregation"}),
+    ("dapo", {"how": "sum"}, {"sum for mean"}),
+    ("dapo", {"how": "all positions"}, {"wrong aggregation", "missing mask"}),
+    ("dapo", {"low": 0.28, "high": 0.2}, {"clip side"}),
+    ("dapo", {"high": 0.2}, {"clip side"}),
+    ("dapo", {"ignore": "all"}, {"missing mask"}),
+    ("gspo", {"how": "sum"}, {"sum for mean"}),
+    ("gspo", {"how": "token-mean"}, {"wrong aggregation"}),
+    ("gspo", {"low": 4e-4, "high": 3e-4}, {"clip side"}),
+    ("gspo", {"low": 0.2, "high": 0.28}, {"clip width"}),
+    ("gspo", {"ignore": "ratio"}, {"missing mask"}),
+    ("sums", {"how": "row means"}, {"mean for sum"}),
+    ("sums", {"how": "token-mean"}, {"mean for sum"}),
+]
+
+
+@pytest.mark.parametrize("name, wrong, cause", INJECTED, ids=str)
+def test_an_injected_mistake_is_named(subject, name, wrong, cause):
+    assert causes_of(subject(name), plain.numpy_loss(name, **wrong)) == cause
+
+
+@pytest.mark.parametrize(
+    "wrong, cause",
+    [
+        ({"sign": -1}, {"sign"}),
+        ({"how": "sum"}, {"sum for mean"}),
+        ({"low": 1.0}, {"clip side"}),
+        ({"ddof": 0}, {"ddof"}),
+        ({"leak": True}, {"stop-gradient"}),
+        ({"value_gradient": False}, {"stop-gradient"}),
+    ],
+    ids=str,
+)
+def test_a_mistake_injected_into_ppo_is_named(subject, wrong, cause):
+    assert causes_of(subject("ppo"), partial(plain.ppo_torch, **wrong)) == cause
+
+
+@pytest.mark.parametrize(
+    "name, function",
+    [
+        ("gspo", plain.gspo_torch_detached),
+        ("gspo", plain.gspo_torch_own),
+        ("cispo", partial(plain.cispo_jax, hold=lambda x: x)),
+    ],
+    ids=["ratio detached", "old policy not detached", "weight not held constant"],
+)
+def test_what_a_gradient_wrongly_flows_through_is_named(subject, name, function):
+    assert causes_of(subject(name), function) == {"stop-gradient"}
+
+
+def test_a_mistake_in_the_gradient_alone_is_placed_there(subject):
+    def wrong(logp, old_logp, mask, reward, group):
+        loss, grad = plain.grpo_with_gradient(logp, old_logp, mask, reward, group)
+        return loss, -grad
+
+    compared, _ = check.compare(subject("grpo"), wrong, "theirs")
+    (cause,) = causes.explain(compared)
+    assert cause.name == "sign" and cause.scope == "in the gradient of logp only"
+
+
+def test_a_constant_factor_is_named_with_its_value(subject):
+    def loss(logp, old_logp, mask, reward, group):
+        return 0.7 * plain.grpo(logp, old_logp, mask, reward, group)
+
+    (cause,) = causes.explain(check.compare(subject("grpo"), loss, "theirs")[0])
+    assert cause.name == "factor" and "0.7 times the reference" in cause.says
+
+
+def test_advantages_alone_are_compared_by_token(subject):
+    good, _ = check.compare(subject("gspo"), plain.group_advantages_only, "theirs")
+    assert good.stage == "credit" and causes.disagreeing(good) == {}
+    assert causes_of(subject("gspo"), partial(plain.group_advantage, ddof=0)) == {"ddof"}
+
+
+def test_the_report_says_which_token_both_numbers_their_ratio_and_the_inputs(subject):
+    compared, foreign = check.compare(subject("grpo"), plain.numpy_loss("grpo", ddof=0), "mine:loss")
+    text = report.disagreement(compared, "mine:loss", foreign.takes, causes.explain(compared))
+    case, mine = compared.subject.cases[0], compared.theirs[0].grads["logp"]
+    b, t = np.argwhere(mine != compared.reference[0].grads["logp"])[0]
+    theirs = compared.reference[0].grads["logp"][b, t]
+    assert f"gradient of logp, row {b}, token {t}: yours {mine[b, t]:.9g}, reference {theirs:.9g}, ratio " in text
+    assert f"logp {case.views.logp[b, t]:.6g}, old_logp {case.rows.old_logp[b, t]:.6g}, mask True, reward " in text
+    assert "likely cause: ddof: the variance divides by n (ddof=0), the reference by n - 1 (ddof=1)" in text
+
+
+def test_zero_over_zero_in_rows_without_tokens_is_pointed_out(subject):
+    def loss(logp, old_logp, mask, reward, group):
+        a, n = plain.group_advantage(reward, group)[:, None], mask.sum(1)
+        token = plain.surrogate(np.exp(np.where(mask, logp - old_logp, 0)), a, 0.2, 0.2)
+        return (np.where(mask, token, 0).sum(1) / n).mean()
+
+    compared, _ = check.compare(subject("grpo"), loss, "theirs")
+    text = report.disagreement(compared, "theirs", (), [])
+    assert "not finite in 3 of 4 cases, exactly those with a row without trained tokens (0/0?)" in text
+
+
+@pytest.mark.parametrize("name", algorithms.names())
+def test_every_method_is_exported_and_agrees_with_itself(name, tmp_path):
+    fields = REQUIRED.get(name, {})
+    of = check.prepare(name, fields, count=1)
+    own = causes.Comparison(of, "loss", [of.mutated((), 0, "loss")], of.reference, check.TOLERANCES["float64"])
+    assert causes.disagreeing(own) == {}
+    check.write(tmp_path / "cases", of, {"seed": 0})
+    with np.load(tmp_path / "cases", allow_pickle=False) as file:
+        meta = json.loads(str(file["meta"]))
+        assert meta["method"] == name and {"jaxrl_llm", "jax", "numpy", "python"} == set(meta["versions"])
+        assert set(meta["config"]) == {f.name for f in dataclasses.fields(algorithms.config_class(name))}
+        assert file["0/loss"] == of.reference[0].value and np.isfinite(file["0/loss"])
+        for view in meta["differentiable"]:
+            np.testing.assert_array_equal(file[f"0/grad/{view}"], of.reference[0].grads[view])
+            assert file[f"0/input/{view}"].shape == file["0/input/mask"].shape
+        np.testing.assert_array_equal(file["0/input/reward"], of.cases[0].rows.score)
+
+
+def test_what_is_exported_is_enough_to_compute_the_loss_elsewhere(tmp_path):
+    text, code = check.run("grpo", {}, export=str(tmp_path / "cases.npz"), count=4)
+    assert code == 0 and text == f"wrote 4 cases to {tmp_path / 'cases.npz'}"
+    with np.load(tmp_path / "cases.npz", allow_pickle=False) as file:
+        for i in range(4):
+            given = {name: file[f"{i}/input/{name}"] for name in ("logp", "old_logp", "mask", "reward", "group")}
+            loss, grad = plain.grpo_with_gradient(**given)
+            np.testing.assert_allclose(loss, file[f"{i}/loss"], rtol=1e-10, atol=1e-15)
+            np.testing.assert_allclose(grad, file[f"{i}/grad/logp"], rtol=1e-10, atol=1e-15)
+
+
+def test_nan_in_the_padding_is_seen_by_a_loss_that_multiplies_its_mask_in():
+    def multiplies(logp, old_logp, mask, reward, group):
+        a = plain.group_advantage(reward, group)[:, None]
+        token = plain.surrogate(np.exp((logp - old_logp) * mask), a, 0.2, 0.2) * mask
+        n = mask.sum(1)
+        return (token.sum(1) / np.maximum(n, 1)).sum() / (n > 0).sum()
+
+    for padding, disagreeing in (("finite", 0), ("nan", 3)):
+        of = check.prepare("grpo", {}, count=4, padding=padding)
+        assert len(causes.disagreeing(check.compare(of, multiplies, "theirs")[0])) == disagreeing
+        assert causes.disagreeing(check.compare(of, plain.grpo, "theirs")[0]) == {}
+
+
+def test_float32_is_given_and_compared_with_float64_of_the_same_numbers():
+    seen = set()
+
+    def loss(logp, old_logp, mask, reward, group):
+        seen.add(logp.dtype)
+        return plain.grpo_jax(logp, old_logp, mask, reward, group)
+
+    compared, _ = check.compare(check.prepare("grpo", {}, 4, dtype="float32"), loss, "theirs", "jax", "float32")
+    assert causes.disagreeing(compared) == {} and seen == {np.dtype("float32")}
+    assert 1e-9 < max(causes.difference(a, b, "value") for a, b in zip(compared.theirs, compared.reference)) < 1e-3
+
+
+def test_rows_that_do_not_count_are_shown_to_functions_that_ask_which_do():
+    whole, some = (check.prepare("grpo", {}, 1, unscored=unscored).inputs[0] for unscored in (False, True))
+    assert whole.arrays["counted"].all() and not some.arrays["counted"].all()
+
+
+def test_cases_have_no_kink_near_them(subject):
+    for case in subject("gspo").cases:
+        assert not cases._kinked(cases.reference(subject("gspo").alg), case).any()
+
+
+HERE = "plain_losses"
+
+
+@pytest.mark.parametrize(
+    "words, code, text",
+    [
+        (["grpo", "--against", f"{HERE}:grpo"], 0, f"grpo: {HERE}:grpo (numpy, float64) agrees in 2 cases"),
+        (["grpo", "--against", f"{HERE}:wrong_grpo"], 1, "likely cause: ddof"),
+        (["gspo", "--against", f"{HERE}:gspo_torch", "--framework", "torch"], 0, "(torch, float64) agrees in 2 cases"),
+        (["grpo", "algorithm.clip_high=0.28", "--against", f"{HERE}:grpo"], 1, "the reference has `clip_high`=0.28"),
+    ],
+)
+def test_the_exit_code_says_whether_it_agrees(capsys, words, code, text):
+    assert cli.main(["check", *words, "--cases", "2"]) == code
+    out = capsys.readouterr()
+    assert text in out.out and out.err == ""
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        (["gspo"], "nothing to do, expected --against MODULE:FUNCTION, --export FILE.npz, or both"),
+        (["gspo", "--against", "plain_losses"], "--against plain_losses: expected MODULE:FUNCTION"),
+        (["gspo", "--against", "no_such_module:f"], "importing no_such_module raised ModuleNotFoundError"),
+        (["gspo", "--against", f"{HERE}:nothing"], "plain_losses has no function nothing"),
+        (
+            ["gspo", "--against", f"{HERE}:asks_for_too_much"],
+            "nothing is called 'temperature_of_the_room'; on offer are",
+        ),
+        (["gspo", "--against", f"{HERE}:fails"], "raised RuntimeError with numpy arrays (it is broken)"),
+        (["gspo", "--against", f"{HERE}:fails", "--framework", "jax"], "raised RuntimeError: it is broken"),
+        (["gspo", "--against", f"{HERE}:returns_a_matrix"], "returned an array of shape (2, 2), expected a loss []"),
+        (["gspoo", "--against", f"{HERE}:gspo"], "did you mean 'gspo'?"),
+        (["gspo", "clip_hihg=0.28", "--against", f"{HERE}:gspo"], "did you mean algorithm.clip_high?"),
+        (["gspo", "clip_high=wide", "--against", f"{HERE}:gspo"], "algorithm.clip_high='wide': expected"),
+        (["gspo", "--cases", "0", "--against", f"{HERE}:gspo"], "--cases 0: expected at least 1"),
+    ],
+)
+def test_a_wrong_use_is_one_line_and_code_2(capsys, words, line):
+    assert cli.main(["check", "--cases", "1", *words]) == 2
+    out = capsys.readouterr()
+    assert out.out == "" and line in out.err and out.err.count("\n") == 1
