@@ -27,6 +27,8 @@ VARIANTS = [
     ("grpo", {"scale": "batch", "beta": 0.04, "kl_ratio": True, "delta": 4.0, "singleton": "raw"}),
     ("grpo", {"beta": 0.04, "kl_kind": "k3+"}),
     ("gspo", {"form": "token", "clip_low": 0.1, "clip_high": 0.1}),
+    ("mini_rl", {"form": "ratio"}),
+    ("mini_rl", {"use_is": False, "length_norm": True, "clip_low": None, "clip_high": None}),
     ("cispo", {"clip_low": 0.2, "clip_high": 0.2, "cap_low": 0.5}),
     ("luspo", {"batch_mean_length": True, "clip_low": 0.2, "clip_high": 0.2}),
     ("dhpo", {"form": "branch", "sequence_gradient": True, "sequence_clip_low": 0.1, "sequence_clip_high": 0.1}),
@@ -62,6 +64,7 @@ VARIANTS = [
 # The value of these losses is not what their gradient integrates to, on purpose.
 STRAIGHT_THROUGH: list[tuple[str, dict[str, Any], str]] = [
     ("grpo", {"kl_kind": "k3+"}, "k3's value with k2's gradient"),
+    ("mini_rl", {"form": "logp"}, "its weights are constants, whatever the value"),
     ("cispo", {}, "its weights are constants, whatever the value"),
     ("dhpo", {"sequence_gradient": False}, "the ratio of the completion passes its gradient to the own token only"),
     ("dhpo", {"mix": "entropy"}, "the entropy mixes the ratios as a constant"),
