@@ -39,7 +39,7 @@ def run(model: str, seed: int, steps: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face directory of stories260k")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[*range(300, 315)])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[*range(500, 515)])
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/stories260k.json"))
     args = parser.parse_args()
