@@ -176,6 +176,17 @@ def ppo_torch(
     return {"token-mean": torch.mean, "sum": torch.sum}[how](policy + value)
 
 
+def dpo(logp, ref_logp, mask, role, block, beta=0.1, reference=True):
+    """The rows of a block are a chosen (role 1) and a rejected one (-1); blocks without roles are padding."""
+    score = np.where(mask, logp - (ref_logp if reference else 0), 0).sum(1)
+    margins = [(score * role)[block == b].sum() for b in np.unique(block[role != 0])]
+    return np.mean(np.log1p(np.exp(-beta * np.array(margins))))
+
+
+def dapo_of_the_settings(logp, old_logp, mask, reward, group, clip_low, clip_high, eps, ddof=1):
+    return numpy_loss("dapo", low=clip_low, high=clip_high, eps=eps, ddof=ddof)(logp, old_logp, mask, reward, group)
+
+
 def group_advantages_only(reward, group):
     return group_advantage(reward, group)
 

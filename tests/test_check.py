@@ -22,6 +22,7 @@ METHODS = {
     "sums": ("grpo", {"aggregation": "seq-mean-token-sum"}),
     "cispo": ("cispo", {}),
     "ppo": ("ppo", {}),
+    "dpo": ("dpo", {}),
 }
 
 
@@ -53,6 +54,7 @@ AGREE = [
     ("gspo", plain.gspo_torch, "torch"),
     ("cispo", plain.cispo_jax, "jax"),
     ("ppo", plain.ppo_torch, "torch"),
+    ("dpo", plain.dpo, "numpy"),
 ]
 
 
@@ -143,6 +145,17 @@ def test_a_mistake_injected_into_ppo_is_named(subject, wrong, cause):
 )
 def test_what_a_gradient_wrongly_flows_through_is_named(subject, name, function):
     assert causes_of(subject(name), function) == {"stop-gradient"}
+
+
+def test_a_forgotten_reference_policy_is_named_by_the_setting_that_forgets_it(subject):
+    assert causes_of(subject("dpo"), partial(plain.dpo, reference=False)) == {"reference_free"}
+
+
+def test_settings_are_given_to_parameters_without_a_default_of_their_own():
+    of = check.prepare("grpo", {"clip_high": 0.3, "aggregation": "token-mean", "eps": 1e-3}, count=2)
+    compared, foreign = check.compare(of, plain.dapo_of_the_settings, "theirs")
+    assert causes.disagreeing(compared) == {}
+    assert "clip_high" in foreign.takes and "ddof" not in foreign.takes
 
 
 def test_a_mistake_in_the_gradient_alone_is_placed_there(subject):

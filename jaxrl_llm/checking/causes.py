@@ -1,15 +1,59 @@
 """Why a function disagrees with the reference: hypotheses that are computed, and kept where they explain every case."""
 
+import functools
 import itertools
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrl_llm.checking.cases import Outcome
-from jaxrl_llm.checking.mutations import Mutation, Subject, other_methods
+from jaxrl_llm.algorithms.base import Algorithm
+from jaxrl_llm.checking import mistakes
+from jaxrl_llm.checking.cases import Arguments, Case, Outcome
+from jaxrl_llm.checking.mutations import Mutation, outcome
 
 NUMERIC_RTOL = 1e-6  # of gradients by central differences
+
+
+class Subject(NamedTuple):
+    """A method on its cases, ready to be compared with any number of functions; mutated outcomes are computed once."""
+
+    name: str
+    fields: dict[str, Any]
+    alg: Algorithm
+    cases: list[Case]
+    inputs: list[Arguments]
+    reference: list[Outcome]
+    mistakes: Callable[[], list[Mutation]]
+    # (mutations, index of the case, stage, gradients) -> outcome; None where the config refuses them or the case lacks something
+    mutated: Callable[..., Outcome | None]
+
+
+def subject(
+    name: str,
+    fields: dict[str, Any],
+    alg: Algorithm,
+    cases: list[Case],
+    inputs: list[Arguments],
+    reference: list[Outcome],
+) -> Subject:
+    known: dict[tuple[Any, ...], tuple[Outcome | None, Any]] = {}
+
+    def mutated(applied: tuple[Mutation, ...], i: int, stage: str, gradients: bool = True) -> Outcome | None:
+        key = (tuple(map(id, applied)), i, stage, gradients)
+        if key not in known:
+            try:
+                found = outcome(name, fields, cases[i], stage, applied, gradients)
+            except (ValueError, ArithmeticError):
+                found = None
+            known[key] = found, applied  # kept, so that no other mutation gets its id
+        return known[key][0]
+
+    @functools.cache
+    def listed() -> list[Mutation]:
+        return mistakes.mistakes(alg, fields, cases)
+
+    return Subject(name, fields, alg, cases, inputs, reference, listed, mutated)
 
 
 class Tolerance(NamedTuple):
@@ -79,14 +123,14 @@ def explain(c: Comparison) -> list[Cause]:
     everything = list(parts(c.theirs[0]))
     bad = [part for part in everything if any(part in found for found in wrong.values())]
     order = [*wrong, *(i for i in range(len(c.theirs)) if i not in wrong)]
-    single = c.subject.mutations()
+    single = c.subject.mistakes()
     found = _explaining(c, [(m,) for m in single], order, everything, "")
     if not found and bad != everything:
         found = _explaining(c, [(m,) for m in single], order, bad, f"in {_named(bad)} only")
     return (
         found
         or _factor(c, everything)
-        or _explaining(c, [(m,) for m in other_methods(c.subject.name)], order, everything, "")
+        or _explaining(c, [(m,) for m in mistakes.other_methods(c.subject.name)], order, everything, "")
         or _pairs(c, single, order, everything)
     )
 

@@ -16,10 +16,9 @@ from jaxrl_llm.checking import callables, causes, mutations, report
 from jaxrl_llm.checking import cases as drawing
 from jaxrl_llm.checking.callables import Foreign
 from jaxrl_llm.checking.cases import Case, Outcome
-from jaxrl_llm.checking.causes import Comparison, Tolerance
-from jaxrl_llm.checking.mutations import Subject
+from jaxrl_llm.checking.causes import Comparison, Subject, Tolerance
 
-TOLERANCES = {"float64": Tolerance(1e-7, 1e-9), "float32": Tolerance(1e-3, 1e-5)}
+TOLERANCES = {"float64": Tolerance(1e-7, 1e-9), "float32": Tolerance(1e-4, 1e-6)}
 UNSCORED = ("scored", "counted", "stat")  # a function that takes one of these is shown rows that do not count
 
 
@@ -88,7 +87,7 @@ def prepare(
     reference = drawing.reference(alg)
     cases = [drawing.draw(alg, reference, i, seed, dtype, padding, unscored) for i in range(count)]
     inputs = [drawing.arguments(alg, case) for case in cases]
-    return mutations.subject(name, fields, alg, cases, inputs, [reference(case) for case in cases])
+    return causes.subject(name, fields, alg, cases, inputs, [reference(case) for case in cases])
 
 
 def compare(
