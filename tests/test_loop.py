@@ -256,3 +256,31 @@ def test_every_method_trains_in_the_same_loop(name, tmp_path, request):
     lines = metrics_of(tmp_path)
     assert [line["step"] for line in lines] == [1, 2]
     assert all(np.isfinite(line["grad_norm"]) for line in lines)
+
+
+def test_steps_of_one_minibatch_are_the_same_under_replay_of_their_own_routing(tmp_path):
+    experts = {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "mlp_only_layers": [0],
+    }
+
+    def run(mode):
+        config = configured(
+            tmp_path / mode,
+            run={"steps": 2},
+            model={"spec": {**BASE["model"]["spec"], **experts}},
+            algorithm={"name": "mini_rl"},
+            learner={"epochs": 1, "minibatches": 1, "routing_replay": mode},
+            eval={"size": 0},
+        )
+        assert loop.train(config, letters) == 0
+        return metrics_of(tmp_path / mode)
+
+    natural = run("none")
+    assert all(step["grad_norm"] > 0 for step in natural)
+    for mode in ("old", "rollout"):
+        for step, same in zip(natural, run(mode), strict=True):
+            assert same == pytest.approx(step, rel=1e-3, abs=1e-5)
