@@ -94,7 +94,9 @@ def numpy_loss(name, **wrong):
 grpo, gspo, wrong_grpo = numpy_loss("grpo"), numpy_loss("gspo"), numpy_loss("grpo", ddof=0)
 
 
-def grpo_jax(logp, old_logp, mask, reward, group):
+def grpo_jax(logp, old_logp, mask, reward, group, own=False):
+    """own: the current log-probs, held constant, stand for the old ones."""
+    old_logp = jax.lax.stop_gradient(logp) if own else old_logp
     member = group[:, None] == group[None, :]
     n = member.sum(1)
     mean = (member * reward).sum(1) / n
@@ -151,8 +153,10 @@ def ppo_torch(
     low=0.2,
     ddof=1,
     value_gradient=True,
+    ignore=False,
 ):
-    """PPO with a critic. leak: advantages from the current values, not detached."""
+    """PPO with a critic. leak: advantages from the current values, not detached; ignore: every token counts."""
+    mask = torch.ones_like(mask) if ignore else mask
     baseline = values if leak else old_values
     advantage = torch.zeros_like(logp)
     for b in range(len(mask)):
@@ -173,7 +177,10 @@ def ppo_torch(
     v, v_old, ret = (values if value_gradient else values.detach())[mask], old_values[mask], returns[mask]
     near = v_old + (v - v_old).clamp(-0.5, 0.5)
     value = 0.5 * torch.maximum((v - ret) ** 2, (near - ret) ** 2)
-    return {"token-mean": torch.mean, "sum": torch.sum}[how](policy + value)
+    loss, row = policy + value, torch.nonzero(mask)[:, 0]
+    if how == "row means":
+        return torch.stack([loss[row == b].mean() for b in row.unique()]).mean()
+    return loss.sum() if how == "sum" else loss.mean()
 
 
 def dpo(logp, ref_logp, mask, role, block, beta=0.1, reference=True):

@@ -1,6 +1,7 @@
 """`jaxrl_llm check`: strangers' losses agree with the reference, and each mistake people make is named."""
 
 import dataclasses
+import inspect
 import json
 from functools import partial
 
@@ -123,6 +124,8 @@ def test_an_injected_mistake_is_named(subject, name, wrong, cause):
     [
         ({"sign": -1}, {"sign"}),
         ({"how": "sum"}, {"sum for mean"}),
+        ({"how": "row means"}, {"wrong aggregation"}),
+        ({"ignore": True}, {"missing mask"}),
         ({"low": 1.0}, {"clip side"}),
         ({"ddof": 0}, {"ddof"}),
         ({"leak": True}, {"stop-gradient"}),
@@ -135,16 +138,31 @@ def test_a_mistake_injected_into_ppo_is_named(subject, wrong, cause):
 
 
 @pytest.mark.parametrize(
-    "name, function",
+    "name, function, cause",
     [
-        ("gspo", plain.gspo_torch_detached),
-        ("gspo", plain.gspo_torch_own),
-        ("cispo", partial(plain.cispo_jax, hold=lambda x: x)),
+        ("gspo", plain.gspo_torch_detached, "stop-gradient"),
+        ("gspo", plain.gspo_torch_own, "stop-gradient"),
+        ("cispo", partial(plain.cispo_jax, hold=lambda x: x), "stop-gradient"),
+        ("grpo", partial(plain.grpo_jax, own=True), "old policy"),
     ],
-    ids=["ratio detached", "old policy not detached", "weight not held constant"],
+    ids=["ratio detached", "old policy not detached", "weight not held constant", "ratio always 1"],
 )
-def test_what_a_gradient_wrongly_flows_through_is_named(subject, name, function):
-    assert causes_of(subject(name), function) == {"stop-gradient"}
+def test_what_a_gradient_wrongly_flows_through_is_named(subject, name, function, cause):
+    assert causes_of(subject(name), function) == {cause}
+
+
+def test_a_gradient_may_come_by_name_and_metrics_may_come_along(subject):
+    def named(**given):
+        loss, grad = plain.grpo_with_gradient(**given)
+        return loss, {"logp": grad}
+
+    def with_metrics(logp, old_logp, mask, reward, group):
+        return plain.grpo_jax(logp, old_logp, mask, reward, group), {"tokens": mask.sum()}
+
+    named.__signature__ = inspect.signature(plain.grpo_with_gradient)
+    for function in (named, with_metrics):
+        compared, _ = check.compare(subject("grpo"), function, "theirs")
+        assert causes.disagreeing(compared) == {} and list(compared.theirs[0].grads) == ["logp"]
 
 
 def test_a_forgotten_reference_policy_is_named_by_the_setting_that_forgets_it(subject):

@@ -44,7 +44,7 @@ def model(tmp_path_factory):
 def test_help_shows_every_command(capsys):
     assert cli.main([]) == 0
     text = capsys.readouterr().out
-    assert all(f"    {name} " in text for name in ("train", "eval", "sample", "plan", "list", "convert"))
+    assert all(f"    {name} " in text for name in ("train", "eval", "sample", "plan", "list", "check", "convert"))
 
 
 def test_starting_imports_nothing_heavy():

@@ -44,7 +44,7 @@ def subject(
         if key not in known:
             try:
                 found = outcome(name, fields, cases[i], stage, applied, gradients)
-            except (ValueError, ArithmeticError):
+            except (ValueError, KeyError, ArithmeticError):  # refused, or something is not there
                 found = None
             known[key] = found, applied  # kept, so that no other mutation gets its id
         return known[key][0]
@@ -101,8 +101,9 @@ def difference(theirs: Outcome, other: Outcome, part: str) -> float:
     """Largest difference of a part, relative to the largest number in it; not a number where one is not finite."""
     a, b = parts(theirs)[part], parts(other)[part]
     same = (a == b) | (np.isnan(a) & np.isnan(b))
-    gap, size = np.max(np.where(same, 0, np.abs(a - b))), np.max(np.abs(b))
-    return float(gap / size) if size > 0 else float(gap)
+    with np.errstate(invalid="ignore"):  # inf - inf, where both are infinite
+        gap, size = np.max(np.where(same, 0, np.abs(a - b))), np.max(np.abs(b))
+        return float(gap / size) if size > 0 else float(gap)
 
 
 def disagreeing(c: Comparison) -> dict[int, list[str]]:
