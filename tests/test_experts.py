@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
+from jaxrl_llm.config import Mesh
 from jaxrl_llm.models import attention, decoder, experts, hf, scorers
 from jaxrl_llm.models.spec import from_hf, to_hf
+from jaxrl_llm.sharding import rules
+from jaxrl_llm.sharding.mesh import make_mesh
 
 Z = np.array([[1.0, 0.5, -1.0, 0.2]])
 MIXED = tiny.spec("qwen3_moe")
@@ -84,6 +87,24 @@ def test_an_expert_a_token_has_not_chosen_cannot_spoil_it(x64):
     x = jnp.ones((3, 6))
     out = experts.one_by_one(p, x, jnp.zeros((3, 1), int), jnp.ones((3, 1)), jax.nn.silu)
     assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "ep": 2}, {"fsdp": 2, "tp": 2}], ids=str)
+def test_sorted_groups_are_the_same_on_every_mesh(sizes, monkeypatch):
+    monkeypatch.setattr(experts, "_one_by_one", lambda: False)
+    params = tiny.params(MIXED)
+
+    def objective(p, tokens):
+        at = jnp.arange(tokens.shape[1])[None]
+        return jnp.sin(decoder.forward(MIXED, p, tokens, at, attention.causal(), remat="dots")[0]).mean()
+
+    expected = jax.jit(jax.value_and_grad(objective))(params, TOKENS)
+    mesh = make_mesh(Mesh(**sizes), jax.devices()[:4])
+    layout = rules.shardings(decoder.logical_axes(MIXED), params, mesh)
+    with jax.set_mesh(mesh):
+        tokens = jax.device_put(TOKENS, rules.batch_sharding(mesh))
+        found = jax.jit(jax.value_and_grad(objective))(jax.device_put(params, layout), tokens)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
 
 
 # in the decoder

@@ -83,6 +83,12 @@ def test_a_reference_and_a_critic_take_room(config):
     assert with_both["critic parameters"] > 0 and "critic parameters" not in plain
 
 
+def test_recorded_experts_take_room(config):
+    p = plan.make(config(*EXPERTS, "learner.routing_replay=old"), 1)
+    assert p.memory["learner: experts to replay"] == 32 * (16 + 8) * 1 * 2 * 2
+    assert "learner: experts to replay" not in plan.make(config(*EXPERTS), 1).memory
+
+
 def test_plain_sgd_keeps_no_moments(config):
     assert plan.make(config("optimizer.name=sgd"), 1).memory["policy moments"] == 0
 

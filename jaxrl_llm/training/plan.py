@@ -150,6 +150,9 @@ def _memory(config: Config, step: Step, trees: dict[str, tuple[Any, Any]]) -> di
     weights = _per_device(*trees["policy"], replicated)
     memory["generation: weights"] = weights * jnp.dtype(_decode_dtype(config)).itemsize
     memory["generation: keys and values"] = _cache_bytes(config, step)
+    if config.learner.routing_replay != "none":
+        positions = step.rows * (config.rollout.max_prompt + config.rollout.max_new)
+        memory["learner: experts to replay"] = positions * math.prod(step.spec.routes) * np.dtype(np.int16).itemsize
     memory["learner: activations of a microbatch"] = _activation_bytes(config, step)
     return memory
 
