@@ -62,8 +62,9 @@ def one_by_one(
 
     def add(y: Array, part: tuple[Any, ...]) -> tuple[Array, None]:
         expert, gate, up, down = part
-        mine = jnp.where(chosen == expert, weight, 0).sum(-1, keepdims=True)
-        h = jnp.where(mine != 0, act(x @ gate) * (x @ up) * mine, 0)
+        mine = chosen == expert
+        own = jnp.where(mine, weight, 0).sum(-1, keepdims=True)
+        h = jnp.where(mine.any(-1, keepdims=True), act(x @ gate) * (x @ up) * own, 0)
         return y + h @ down, None
 
     ids = jnp.arange(p["gate"].shape[0])
