@@ -1,6 +1,6 @@
 """Seeded cases of a method: rows and views, away from kinks, and the plain arrays a foreign function may ask for by name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -68,23 +68,14 @@ def to_views(arrays: Mapping[str, Any]) -> Views:
     )
 
 
-def reference(alg: Algorithm) -> Callable[[Case], Outcome]:
-    """`value_and_grad` of a case, compiled once."""
-
-    @jax.jit
-    def program(rows: Rollouts, views: Views, credit: Credit | None):
-        return value_and_grad(alg, alg.init(), rows, views, KEY, credit)
-
-    def outcome(case: Case) -> Outcome:
-        value, grads = program(case.rows, case.views, case.credit)
-        return Outcome(np.asarray(value), {name: np.asarray(x) for name, x in of_views(grads).items()})
-
-    return outcome
+def reference(alg: Algorithm, case: Case) -> Outcome:
+    """`value_and_grad` of a case."""
+    value, grads = value_and_grad(alg, alg.init(), case.rows, case.views, KEY, case.credit)
+    return Outcome(np.asarray(value), {name: np.asarray(x) for name, x in of_views(grads).items()})
 
 
 def draw(
     alg: Algorithm,
-    outcome: Callable[[Case], Outcome],
     number: int,
     seed: int = 0,
     dtype: str = "float64",
@@ -94,7 +85,6 @@ def draw(
     """Case `number` of a seed; the kinds take turns.
 
     Args:
-      outcome: `reference(alg)`, which tells where kinks are.
       dtype: inputs are numbers of this dtype.
       padding: what untrained positions hold: "finite" random numbers, or "nan".
       unscored: some rows have no reward that counts, and one is padding (`scored`, `counted`, `stat` tell).
@@ -110,7 +100,7 @@ def draw(
 
     case = Case(number, kind, rows, views(0), credit)
     for attempt in range(1, 20):
-        again = _kinked(outcome, case)[:, None]
+        again = _kinked(alg, case)[:, None]
         if not again.any():
             break
         pairs = zip(jax.tree.leaves(case.views), jax.tree.leaves(views(attempt)))
@@ -145,11 +135,12 @@ def _selected(alg: Algorithm, rows: Rollouts) -> tuple[Rollouts, Credit | None]:
     return jax.tree.map(np.asarray, chosen[:2])
 
 
-def _kinked(outcome: Callable[[Case], Outcome], case: Case) -> np.ndarray:
+def _kinked(alg: Algorithm, case: Case) -> np.ndarray:
     """[B] rows whose gradient is another one `MARGIN` further up or down."""
-    here, kinked = outcome(case).grads, np.zeros(len(case.rows.group), bool)
+    here, kinked = reference(alg, case).grads, np.zeros(len(case.rows.group), bool)
     for step in (MARGIN, -MARGIN):
-        there = outcome(case._replace(views=jax.tree.map(lambda x: x + step, case.views))).grads  # noqa: B023
+        moved = jax.tree.map(lambda x: x + step, case.views)  # noqa: B023
+        there = reference(alg, case._replace(views=moved)).grads
         for name, x in here.items():
             size = np.maximum(np.abs(x), np.abs(there[name]))
             kinked |= (np.abs(there[name] - x) > 1e-3 * size + 1e-12).any(-1)
@@ -190,17 +181,5 @@ def _numbers(tree: Any) -> dict[str, Any]:
     return {name: np.asarray(x).item() for name, x in tree.items() if np.ndim(x) == 0} if isinstance(tree, dict) else {}
 
 
-_ROW_FIELDS = (
-    "group",
-    "row_id",
-    "prompt",
-    "tokens",
-    "length",
-    "stat",
-    "scored",
-    "truncated",
-    "version",
-    "source",
-    "block",
-)
-_ROW_FIELDS += ("old_logp", "sampler_logp")
+_OFFERED_APART = ("prompt_tokens", "prompt_length", "mask", "reward", "extras")  # renamed, or by context
+_ROW_FIELDS = tuple(f.name for f in fields(Rollouts) if f.name not in _OFFERED_APART)

@@ -84,10 +84,9 @@ def prepare(
 ) -> Subject:
     """A method on seeded cases; in float64 (`jax.enable_x64`), as everything here. Arguments as in `cases.draw`."""
     alg = algorithms.make(name, **fields)
-    reference = drawing.reference(alg)
-    cases = [drawing.draw(alg, reference, i, seed, dtype, padding, unscored) for i in range(count)]
+    cases = [drawing.draw(alg, i, seed, dtype, padding, unscored) for i in range(count)]
     inputs = [drawing.arguments(alg, case) for case in cases]
-    return causes.subject(name, fields, alg, cases, inputs, [reference(case) for case in cases])
+    return causes.subject(name, fields, alg, cases, inputs, [drawing.reference(alg, case) for case in cases])
 
 
 def compare(
