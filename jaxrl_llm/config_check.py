@@ -251,6 +251,11 @@ def _needs(config: Config, name: str, alg: Any) -> None:
             f"algorithm.name={name!r}: its views come from the scorer {needs.scorer!r}, expected a method whose views "
             "come from a decoder; this one is called from Python (training.learner)"
         )
+    layers = model_json(config).get("num_hidden_layers")
+    if needs.inner and isinstance(layers, int) and needs.inner.layer >= layers:
+        raise ValueError(
+            f"algorithm.layer={needs.inner.layer}: the model has {layers} layers, expected 0 to {layers - 1}"
+        )
     unknown = [extra for extra in needs.row_extras if extra not in FLAT_EXTRAS]
     if unknown and alg.plan(alg.init()).collector is None:
         raise ValueError(

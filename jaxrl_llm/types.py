@@ -89,8 +89,9 @@ class Views:
     logsumexp: Float[Array, "B T"] = _ABSENT  # of logits / rollout temperature
     collision: Float[Array, "B T"] = _ABSENT  # sum over the vocabulary of the same distribution's squared probabilities
     tempered_logp: Float[Array, "B T"] = _ABSENT  # at `Plan.score_temperature` instead
+    inner_logp: Float[Array, "B T"] = _ABSENT  # logp of the layer `Needs.inner`, unembedded
     values: Float[Array, "B T"] = _ABSENT  # critic's value before each completion token
-    extras: dict[str, Array] = field(default_factory=dict)  # views of plug-in scorers (ELBO terms, inner layers, ...)
+    extras: dict[str, Array] = field(default_factory=dict)  # views of plug-in scorers (ELBO terms, ...)
 
 
 @jax.tree_util.register_dataclass

@@ -19,6 +19,7 @@ from jaxrl_llm.checking.nasty import (  # noqa: F401 (tests take all of it from 
 from jaxrl_llm.types import Rollouts
 
 REQUIRED = {  # fields without a usable default
+    "bupo": {"layer": 0},  # the models of the tests are low
     "dapo_direct": {"delimiter": (2,)},
     "s_grpo": {"marker": (5,), "inducer": (6, 5)},
     "riskpo": {"bundle": 2},  # of five prompts one has a single answer, so bundles of five have one sample

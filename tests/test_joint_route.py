@@ -65,17 +65,20 @@ def plain(params: dict[str, Params], rows: Rollouts) -> Views:
     completion = jnp.take_along_axis(rows.tokens, jnp.clip(s - n, 0, rows.tokens.shape[1] - 1), 1)
     tokens, at = jnp.where(s < n, context, completion), n - 1 + jnp.arange(rows.tokens.shape[1])
 
-    def hidden(spec: Any, tree: Params) -> jax.Array:
+    def hidden(spec: Any, tree: Params) -> tuple[jax.Array, jax.Array]:
         positions = jnp.broadcast_to(s, tokens.shape)
-        states, _ = decoder.forward(spec, tree, tokens, positions, attention.causal(), dtype=jnp.float64)
-        return jnp.take_along_axis(states, at[..., None], 1)
+        states, kept = decoder.forward(spec, tree, tokens, positions, attention.causal(), dtype=jnp.float64, inner=0)
+        return tuple(jnp.take_along_axis(x, at[..., None], 1) for x in (states, kept.inner))
 
-    logp = jax.nn.log_softmax(hidden(SPEC, params["policy"]) @ decoder.unembed(SPEC, params["policy"]))
-    chosen = jnp.take_along_axis(logp, rows.tokens[..., None], -1)[..., 0]
-    values = critic.values(params["critic"], hidden(critic.trunk(SPEC), params["critic"]))
+    states = hidden(SPEC, params["policy"])
+    logp, inner = (jax.nn.log_softmax(x @ decoder.unembed(SPEC, params["policy"])) for x in states)
+    chosen, inside = (jnp.take_along_axis(x, rows.tokens[..., None], -1)[..., 0] for x in (logp, inner))
+    values = critic.values(params["critic"], hidden(critic.trunk(SPEC), params["critic"])[0])
     probability = jnp.exp(logp)
     entropy, collision = -(probability * logp).sum(-1), (probability**2).sum(-1)
-    return Views(logp=chosen, tempered_logp=chosen, entropy=entropy, collision=collision, values=values)
+    return Views(
+        logp=chosen, tempered_logp=chosen, entropy=entropy, collision=collision, inner_logp=inside, values=values
+    )
 
 
 def network(params: Params, rows: Rollouts, ids: jax.Array) -> jax.Array:

@@ -18,6 +18,14 @@ from jaxrl_llm.objectives.surrogates import Clipped
 from jaxrl_llm.types import Credit, Max, Mean, Memory, Metrics, Rollouts, State, Views, mean_of
 
 Key = jax.Array
+INNER = "inner_logp"  # the view of `Needs.inner`
+
+
+class Inner(NamedTuple):
+    """An internal policy: what a layer of the decoder leaves, unembedded."""
+
+    layer: int  # from 0
+    norm: bool = False  # by way of the final norm
 
 
 class Needs(NamedTuple):
@@ -31,6 +39,7 @@ class Needs(NamedTuple):
     critic: bool = False  # a value model is a second trainable; loss view "values" comes from it
     reference: bool = False  # a frozen copy of the initial policy is kept (implied by any "ref_*" view)
     importance: bool = True  # sampler/learner importance weights make sense for this loss
+    inner: Inner | None = None  # where the view "inner_logp" is taken
     scorer: str = "causal"  # who computes views: "causal", or a plug-in's name
     # Completions per prompt below which the method learns nothing (2: baseline within the group): a config that asks for
     # fewer gets a warning, or is refused when `Algorithm.couples` is "block", as there is no loss then.
@@ -49,6 +58,10 @@ class Plan(NamedTuple):
     hook: "SamplerHook | None" = None  # changes logits before sampling, compiled into its own engine
     temperature: Array | None = None  # [] sampling temperature; None: the config's
     score_temperature: Array | None = None  # [] temperature of the "tempered_logp" view
+    # Views that the loss differentiates, and those rescored, while this plan holds; None: `Needs.loss`, `Needs.rescore`. Only
+    # of methods with `Needs.inner`.
+    loss: tuple[str, ...] | None = None
+    rescore: tuple[str, ...] | None = None
     hook_state: Any = ()  # pytree of arrays handed to the hook
     prompt_weights: Array | None = None  # [n_prompts] draw prompts without replacement by these weights
     # (prompts, group_size) -> (contexts, rows) of a batch; None: (prompts, prompts * group_size)
@@ -230,6 +243,15 @@ def check_clip(low: float, high: float, dual_clip: float | None = None, delta: f
     expect(delta is None or delta > 1 + high, "delta", delta, f"more than 1 + clip_high = {1 + high}")
 
 
+def views_in(alg: Algorithm, state: State) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The views that the loss differentiates, and those rescored, in this state: the plan's where a method has phases."""
+    plan = alg.plan(state) if alg.needs.inner else Plan()
+    return (
+        alg.needs.loss if plan.loss is None else plan.loss,
+        alg.needs.rescore if plan.rescore is None else plan.rescore,
+    )
+
+
 def value_and_grad(
     alg: Algorithm, state: State, rows: Rollouts, views: Views, key: Key | None = None, credit: Credit | None = None
 ) -> tuple[Float[Array, ""], Views]:
@@ -244,10 +266,11 @@ def value_and_grad(
     """
     # Old views and row data are what `credit` reads (given credit has read them), or a plug-in scorer.
     causal = alg.needs.scorer == "causal"
-    wanted = [v for v in alg.needs.rescore if credit is None or not v.startswith("old_")]
+    loss, rescore = views_in(alg, state)
+    wanted = [v for v in rescore if credit is None or not v.startswith("old_")]
     wanted += alg.needs.row_extras if causal and credit is None else ()
     missing = [f"rows.extras[{name!r}]" for name in wanted if name not in rows.extras]
-    missing += [f"views.{name}" for name in alg.needs.loss if causal and getattr(views, name) is None]
+    missing += [f"views.{name}" for name in loss if causal and getattr(views, name) is None]
     if missing:
         raise ValueError(f"{alg.name} with these settings needs {', '.join(missing)}")
     if credit is None:

@@ -19,7 +19,7 @@ GROUPS = {40: 4, 7: 3, 3: 3, 12: 1, 9: 2, 21: 8, 30: 1, 31: 1, -1: 1}  # id -> r
 PROMPT = {40: 0, 7: 0, 3: 1, 12: 2, 9: 3, 21: 4, 30: 5, 31: 6, -1: 0}  # 40 and 7 are the same prompt, drawn twice
 AGREE, UNSCORED, EMPTY, EXTRA = 7, 3, 9, 21  # groups with a peculiarity
 ROWS = sum(GROUPS.values())
-VIEWS = ("logp", "entropy", "logsumexp", "tempered_logp", "collision", "values")
+VIEWS = ("logp", "entropy", "logsumexp", "tempered_logp", "collision", "inner_logp", "values")
 
 
 def rollouts(seed: int, needs: Any) -> Rollouts:
@@ -71,7 +71,7 @@ def drawn(seed: int, needs: Any) -> Rollouts:
         view = name.split("_", 1)[1]
         if view == "prompt_logp":
             return -rng.exponential(size=(len(PROMPT), L))[[PROMPT[g] for g in group]]
-        if view in ("logp", "tempered_logp"):
+        if view in ("logp", "tempered_logp", "inner_logp"):
             return old_logp + 0.5 * rng.normal(size=(ROWS, T))
         if view == "collision":  # at least the square of the sampled token's probability
             return np.exp(2 * old_logp) + 0.1 * rng.random((ROWS, T))
@@ -116,6 +116,7 @@ def views(seed: int, rows: Rollouts, names: tuple[str, ...], spread: float | Non
     noise = rng.normal(size=shape) * (rng.choice([0.05, 0.5, 2.0], shape) if spread is None else spread)
     made = {
         "logp": rows.old_logp + np.clip(noise, -3, 3),
+        "inner_logp": rows.extras.get("old_inner_logp", rows.old_logp) + np.clip(noise, -3, 3),
         "entropy": rng.uniform(0.1, 2, shape),
     }
     arrays: dict[str, Any] = {name: narrow(made.get(name, rng.normal(size=shape))) for name in names}

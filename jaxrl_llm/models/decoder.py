@@ -45,6 +45,7 @@ class Kept(NamedTuple):
     routes: (
         Int[Array, "M B S k"] | None
     )  # ids of the experts every position went to; over M layers. None without experts
+    inner: Float[Array, "B S D"] | None = None  # of `forward`: the residual stream behind the layer asked for
 
 
 class Layers(nnx.Module):
@@ -151,6 +152,21 @@ def some_layers(spec: ModelSpec, params: Params, first: int, end: int) -> Params
         return jax.tree.map(lambda w: w[start : start + end - first], part)
 
     return {name: cut(name, part) for name, part in own_parts(spec, params["layers"], first).items()}
+
+
+def reached(spec: ModelSpec, params: Params, layer: int, norm: bool) -> Params:
+    """Masks that broadcast against `params`: True where a parameter has a part in what layer `layer` (from 0) leaves,
+    unembedded, by way of the final norm if `norm`."""
+
+    def mask(path: tuple, leaf: Any) -> np.ndarray:
+        top, *below = (entry.key for entry in path)
+        if top != "layers":
+            return np.array(norm or top != "norm")
+        kind = below[0]
+        own = [i for i in range(spec.layers) if kind not in (*DENSE, EXPERTS) or spec.sparse[i] == (kind == EXPERTS)]
+        return (np.array(own) <= layer).reshape(-1, *[1] * (len(leaf.shape) - 1))
+
+    return jax.tree_util.tree_map_with_path(mask, params)
 
 
 def embed(spec: ModelSpec, params: Params, tokens: Int[Array, "B S"], dtype: Any) -> Float[Array, "B S D"]:
@@ -274,6 +290,7 @@ def forward(
     dtype: Any = jnp.float32,
     remat: Remat = "none",
     replay: Int[Array, "M B S k"] | None = None,
+    inner: int | None = None,
 ) -> tuple[Float[Array, "B S D"], Kept]:
     """Hidden states after the final norm, and what the layers kept.
 
@@ -281,6 +298,7 @@ def forward(
     each run of layers of a kind, so compile time does not grow with depth. `remat`: what the backward pass recomputes of a
     layer: nothing ("none"), all but products with weights ("dots"), everything ("full"); "auto" is "dots" where those
     products fit. `replay`: experts that positions go to, as `Kept.routes` has them; -1 leaves the router the choice.
+    `inner`: keep what layer `inner` (from 0) leaves, before any norm; who reads that alone runs no layer above it.
     """
     if remat == "auto":
         remat = fitting_remat(spec, tokens.size // ways("batch"), dtype)
@@ -298,7 +316,8 @@ def forward(
     windows = jnp.asarray(spec.windows, jnp.int32) if mixed else None
     kept: list[Kept] = []
     end = routed = 0
-    for sparse, run in groupby(spec.sparse):
+    inside = None
+    for (sparse, _), run in groupby((sparse, inner is None or i <= inner) for i, sparse in enumerate(spec.sparse)):
         first, end = end, end + len(list(run))
         route = None
         if replay is not None and sparse:
@@ -306,7 +325,8 @@ def forward(
         window = None if windows is None else windows[first:end]
         x, own = jax.lax.scan(layer, x, (some_layers(spec, params, first, end), window, route))
         kept.append(own)
-    return final_norm(spec, params, x), _stacked(kept)
+        inside = x if inner == end - 1 else inside
+    return final_norm(spec, params, x), _stacked(kept)._replace(inner=inside)
 
 
 def _stacked(kept: list[Kept]) -> Kept:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 from jaxtyping import Array, Bool, Float
 
-from jaxrl_llm.algorithms.base import Algorithm
+from jaxrl_llm.algorithms.base import INNER, Algorithm, Inner
 from jaxrl_llm.config import Importance
 from jaxrl_llm.models import critic as critics
 from jaxrl_llm.models import decoder, scorers
@@ -56,6 +56,7 @@ class Model(NamedTuple):
     head_chunk: int
     plug_in: PlugIn | None
     everywhere: Sharding
+    inner: Inner | None = None
 
 
 class Loss(NamedTuple):
@@ -75,6 +76,12 @@ def labels(names: tuple[str, ...]) -> tuple[str, ...]:
 def get(views: Views, name: str) -> Array:
     """A view by name: a field, or an extra."""
     return views.extras[name] if name in views.extras else getattr(views, name)
+
+
+def present(views: Views) -> tuple[str, ...]:
+    """Names of the views that are there."""
+    known = [f.name for f in fields(Views) if f.name != "extras" and getattr(views, f.name) is not None]
+    return (*known, *views.extras)
 
 
 def no_views(model: Model, names: tuple[str, ...], rows: Rollouts) -> Views:
@@ -128,19 +135,30 @@ def _causal(
     """Views [n*K] of a piece's completion tokens by the decoder and the critic, and routes [n*S, M, k] of its places."""
     hidden = partial(layouts.hidden, layout=layout, piece=piece, dtype=model.dtype, remat=model.remat)
     own: dict[str, Array] = {}
-    if POLICY in labels(names):
-        states, routes = hidden(model.spec, params[POLICY], replay=routing.replayed(rows, piece))
-        own = scorers.token_views(
+
+    def said(states: Array, names: list[str]) -> dict[str, Array]:
+        return scorers.token_views(
             states.reshape(-1, states.shape[-1]),
             decoder.unembed(model.spec, params[POLICY]),
             piece.target.reshape(-1),
-            [name for name in names if name not in ("values", ROUTES)],
+            names,
             model.temperature,
             heat,
             model.head_chunk,
         )
-        if routes is not None and ROUTES in names:
-            own[ROUTES] = routes.reshape(-1, *routes.shape[2:])
+
+    if POLICY in labels(names):
+        layer = model.inner.layer if model.inner else None
+        states, beside = hidden(model.spec, params[POLICY], replay=routing.replayed(rows, piece), inner=layer)
+        if INNER in names and beside.inner is not None and model.inner:
+            inside = beside.inner
+            if model.inner.norm:
+                inside = decoder.final_norm(model.spec, params[POLICY], inside)
+            own[INNER] = said(inside, ["logp"])["logp"]
+        if outer := [name for name in names if name not in ("values", ROUTES, INNER)]:
+            own |= said(states, outer)
+        if beside.routes is not None and ROUTES in names:
+            own[ROUTES] = beside.routes.reshape(-1, *beside.routes.shape[2:])
     if "values" in names:
         states, _ = hidden(critics.trunk(model.spec), params[CRITIC])
         own["values"] = critics.values(params[CRITIC], states).reshape(-1)
@@ -152,7 +170,7 @@ def evaluate(alg: Algorithm, state: State, views: Views, rows: Rollouts, credit:
     trained = rows.trained
     views = jax.tree.map(lambda v: jnp.where(trained, v, jax.lax.stop_gradient(v)), views)
     value, metrics = alg.loss(state, views, rows, credit)
-    bad = {name: jnp.any(trained & ~jnp.isfinite(get(views, name))) for name in alg.needs.loss}
+    bad = {name: jnp.any(trained & ~jnp.isfinite(get(views, name))) for name in present(views)}
     return value, Loss(value, metrics, bad)
 
 
@@ -168,7 +186,6 @@ def differentiate(alg: Algorithm, state: State, views: Views, rows: Rollouts, cr
 
 def pull(
     model: Model,
-    alg: Algorithm,
     layout: Layout,
     params: dict[str, Params],
     grads: dict[str, Params],
@@ -179,7 +196,7 @@ def pull(
 ) -> dict[str, Params]:
     """Joint route, second half: `grads` plus a piece's share of the cotangents pulled back through the model."""
     empty = jax.tree.map(jnp.zeros_like, cotangents)
-    _, back = jax.vjp(lambda p: score(model, layout, alg.needs.loss, p, empty, piece, heat, rows), params)
+    _, back = jax.vjp(lambda p: score(model, layout, present(cotangents), p, empty, piece, heat, rows), params)
     return jax.tree.map(jnp.add, grads, back(cotangents)[0])
 
 
@@ -187,6 +204,7 @@ def fused(
     model: Model,
     alg: Algorithm,
     layout: Layout,
+    names: tuple[str, ...],
     params: dict[str, Params],
     grads: dict[str, Params],
     piece: Piece | RowPiece,
@@ -196,11 +214,11 @@ def fused(
     heat: Float[Array, ""],
 ) -> tuple[dict[str, Params], Loss]:
     """Fused route: `grads` plus the gradient of loss∘views on the rows of a piece, and what the loss says of them."""
-    empty = no_views(model, alg.needs.loss, rows)
+    empty = no_views(model, names, rows)
     own_rows, own_credit = restrict(rows, credit, piece.rows)
 
     def objective(params: dict[str, Params]) -> tuple[Array, Loss]:
-        views = score(model, layout, alg.needs.loss, params, empty, piece, heat, rows)
+        views = score(model, layout, names, params, empty, piece, heat, rows)
         return evaluate(alg, state, views, own_rows, own_credit)
 
     (_, loss), own = jax.value_and_grad(objective, has_aux=True)(params)

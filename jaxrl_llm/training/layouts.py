@@ -12,6 +12,7 @@ microbatch) after another; only completion positions leave it, so only they reac
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -59,6 +60,13 @@ class Piece(NamedTuple):
     slot: Int[Array, "n K"]
     origin: Int[Array, "n S"]
     rows: Bool[Array, "B"]  # rows of the minibatch this piece answers for
+
+
+class Beside(NamedTuple):
+    """What a model says of a piece besides its hidden states."""
+
+    routes: Int[Array, "n S M k"] | None  # the experts of all its places
+    inner: Float[Array, "n K D"] | None  # what the layer asked for leaves where a completion token is predicted
 
 
 class RowPiece(NamedTuple):
@@ -324,17 +332,19 @@ def hidden(
     dtype: Any,
     remat: decoder.Remat = "none",
     replay: Int[Array, "M n S k"] | None = None,
-) -> tuple[Float[Array, "n K D"], Int[Array, "n S M k"] | None]:
-    """Hidden states after the final norm that predict the completion tokens of a piece, and the experts of all its places.
+    inner: int | None = None,
+) -> tuple[Float[Array, "n K D"], Beside]:
+    """Hidden states after the final norm that predict the completion tokens of a piece, and what else the model says.
 
-    replay: experts to go to (`training.routing`).
+    replay: experts to go to (`training.routing`). inner: a layer whose output is wanted too.
     """
     attend = _attend_shared(layout, piece) if layout.name == "shared" else attention.causal(piece.segment)
     states, kept = decoder.forward(
-        spec, params, piece.tokens, piece.positions, attend, dtype=dtype, remat=remat, replay=replay
+        spec, params, piece.tokens, piece.positions, attend, dtype=dtype, remat=remat, replay=replay, inner=inner
     )
     routes = None if kept.routes is None else jnp.moveaxis(kept.routes, 0, 2)
-    return jnp.take_along_axis(states, piece.at[..., None], axis=1), routes
+    predicting = partial(jnp.take_along_axis, indices=piece.at[..., None], axis=1)
+    return predicting(states), Beside(routes, None if kept.inner is None else predicting(kept.inner))
 
 
 def _attend_shared(layout: Layout, piece: Piece) -> attention.Attend:

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxrl_llm.algorithms.base import Algorithm, Key, Noise, Report, keep
+from jaxrl_llm.algorithms.base import INNER, Algorithm, Key, Noise, Report, keep, views_in
 from jaxrl_llm.config import Config
 from jaxrl_llm.models import critic as critics
 from jaxrl_llm.models import decoder
@@ -67,6 +67,10 @@ class Learner:
                 f"learner.importance.mode={settings.importance.mode}: the loss of {alg.name} has no place for "
                 "importance weights, expected none"
             )
+        if needs.inner and needs.inner.layer >= spec.layers:
+            raise ValueError(
+                f"algorithm.layer={needs.inner.layer}: the model has {spec.layers} layers, expected 0 to {spec.layers - 1}"
+            )
         if (needs.scorer != CAUSAL) != (plug_in is not None):
             raise ValueError(
                 f"algorithm.name={alg.name!r}: its views come from scorer {needs.scorer!r}, expected that as plug_in"
@@ -86,12 +90,14 @@ class Learner:
             head_chunk=config.model.head_chunk,
             plug_in=plug_in,
             everywhere=self._everywhere,
+            inner=needs.inner,
         )
         param_dtype = jnp.dtype(config.model.param_dtype)
         self.shapes, axes = {POLICY: decoder.abstract(spec, param_dtype)}, {POLICY: decoder.logical_axes(spec)}
         if needs.critic:
             self.shapes[CRITIC] = jax.eval_shape(partial(critics.init, spec, dtype=param_dtype), jax.random.key(0))
             axes[CRITIC] = critics.logical_axes(spec)
+        self._reached = decoder.reached(spec, self.shapes[POLICY], *needs.inner) if needs.inner else None
         self.shardings = rules.shardings(axes, self.shapes, mesh)
         per_step = alg.updates if alg.update else settings.epochs * settings.minibatches
         total = None if per_step is None else config.run.steps * per_step
@@ -162,7 +168,7 @@ class Learner:
         """What a policy says about every completion token of `rows`, without gradient; 0 behind a completion's end.
 
         Args:
-          names: of "logp", "entropy", "logsumexp", "tempered_logp", and "values" of the critic; or a plug-in's. "routes": the
+          names: of "logp", "entropy", "logsumexp", "tempered_logp", "inner_logp", and "values" of the critic; or a plug-in's. "routes": the
             experts of every position.
           policy: "policy" (the trained trees as they are now; it replays the rows' routes), "ref" or "guide".
           temperature: of "tempered_logp".
@@ -242,7 +248,7 @@ class Learner:
         """Compile what `update` runs on batches of this shape and these lengths. Nothing is computed but credit's weights,
         nothing of the learner changes, and another thread may use it meanwhile.
         """
-        settings, host, names = self.config.learner, layouts.host_rows(rows), self.alg.needs.loss
+        settings, host, names = self.config.learner, layouts.host_rows(rows), views_in(self.alg, state)[0]
         part, *_ = minibatches(rows, settings.minibatches, np.random.default_rng(0), settings.layout == "shared")
         rows, credit, _ = self._run.take(
             *jax.device_put((rows, credit, None), self._everywhere), part.index, part.block
@@ -250,7 +256,7 @@ class Learner:
         host = host.take(part.index, part.block)
         layout, (piece, *_), piece_of = self._arrange(rows, host, len(host.tokens))
         heat, read = self._heat(None), self._read(rows)
-        state, on = jax.device_put((state, dict.fromkeys(self.labels, np.True_)), self._everywhere)
+        state, on = jax.device_put((state, self._on(names, None)), self._everywhere)
         shape = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding))
         everywhere = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._everywhere))
         train = shape(replace(self.train, reference=None))
@@ -259,7 +265,9 @@ class Learner:
             grads = shape(self._run.zeros.lower().compile().out_info)
             ahead = []
             if self._fuses(piece_of, host.block):
-                ahead.append(self._run.fused.lower(layout, train.params, grads, piece, state, rows, credit, heat))
+                ahead.append(
+                    self._run.fused.lower(layout, names, train.params, grads, piece, state, rows, credit, heat)
+                )
                 loss = everywhere(ahead[-1].out_info[1])
             else:
                 out = everywhere(jax.eval_shape(lambda: gradients.no_views(self.model, names, rows)))
@@ -288,10 +296,10 @@ class Learner:
         active: Mapping[str, bool] | None,
         current: Views | None,
     ) -> tuple[State, Metrics]:
-        train, names = self.train, self.alg.needs.loss
+        train, (names, _) = self.train, views_in(self.alg, state)
         layout, pieces, piece_of = self._arrange(rows, host, len(host.tokens))
         heat = self._heat(self.alg.plan(state).score_temperature if "tempered_logp" in names else None)
-        on = {label: active is None or active[label] for label in self.labels}
+        on = self._on(names, active)
         state, rows, credit, on = jax.device_put((state, rows, credit, on), self._everywhere)
         with jax.set_mesh(self.mesh):
             credit, sampling, signal = self._run.weigh(state, rows, credit)
@@ -299,7 +307,7 @@ class Learner:
             if self._fuses(piece_of, host.block):
                 losses = []
                 for piece in pieces:
-                    grads, part = self._run.fused(layout, train.params, grads, piece, state, rows, credit, heat)
+                    grads, part = self._run.fused(layout, names, train.params, grads, piece, state, rows, credit, heat)
                     losses.append(part)
                 loss = reduce(self._run.add, losses)
             else:
@@ -322,6 +330,13 @@ class Learner:
         self._watch.seen.append(health)
         self.version += 1
         return state, metrics
+
+    def _on(self, names: tuple[str, ...], active: Mapping[str, bool] | None) -> dict[str, Any]:
+        """What an update moves: the active trainables, and of the policy only what has a part in these views."""
+        on: dict[str, Any] = {label: np.bool_(active is None or active[label]) for label in self.labels}
+        if self._reached is not None and names == (INNER,) and on[POLICY]:
+            on[POLICY] = self._reached
+        return on
 
     def _fuses(self, piece_of: np.ndarray, block: np.ndarray) -> bool:
         """Whether a minibatch takes the fused route: the loss must not couple rows of different pieces."""

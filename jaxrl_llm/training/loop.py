@@ -278,7 +278,7 @@ def rescore(learner: Learner, alg: Algorithm, plan: Plan, batch: Rollouts, old_l
     asked: dict[str, list[str]] = {"old": ["logp"] if old_logp else []}
     record = learner.config.learner.routing_replay == "old"
     asked["old"] += [ROUTES] if record else []
-    for name in alg.needs.rescore:
+    for name in alg.needs.rescore if plan.rescore is None else plan.rescore:
         policy, view = name.split("_", 1)
         asked.setdefault(policy, []).append(view)
     seen = {}

@@ -78,11 +78,12 @@ def apply(
     grads: Params,
     opt: optax.OptState,
     params: Params,
-    on: Bool[Array, ""],
+    on: Bool[Array, ""] | Params,
     rate: float | Float[Array, ""] = 1.0,
 ) -> tuple[Params, optax.OptState]:
     """One update; where `on` is False both trees come back bitwise as they were (no decay, no momentum).
 
+    on: also a tree of masks that broadcast against `params`; counters go on where any of it is True.
     rate: factor of the learning rate.
     """
     updates, new_opt = tx.update(grads, opt, wide(params))
@@ -90,5 +91,13 @@ def apply(
     new_params = jax.tree.map(
         lambda p, u: (p.astype(u.dtype) + rate.astype(u.dtype) * u).astype(p.dtype), params, updates
     )
-    pick = lambda new, old: jnp.where(on, new, old)  # noqa: E731
-    return jax.tree.map(pick, new_params, params), jax.tree.map(pick, new_opt, opt)
+    masks = on if isinstance(on, dict) else jax.tree.map(lambda _: on, params)
+    moments = optax.tree.map_params(
+        tx, lambda _, mask: mask, opt, masks, transform_non_params=lambda _: somewhere(masks)
+    )
+    return jax.tree.map(jnp.where, masks, new_params, params), jax.tree.map(jnp.where, moments, new_opt, opt)
+
+
+def somewhere(masks: Params) -> Bool[Array, ""]:
+    """Whether any entry of a tree of masks is True."""
+    return jnp.any(jnp.stack([jnp.any(mask) for mask in jax.tree.leaves(masks)]))

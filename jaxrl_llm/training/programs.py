@@ -55,14 +55,14 @@ def make(
     everywhere, params = model.everywhere, place.params
     quick = partial(jax.jit, compiler_options=quickly())
     small = partial(quick, out_shardings=everywhere)
-    pull, fused = partial(gradients.pull, model, alg), partial(gradients.fused, model, alg)
+    pull, fused = partial(gradients.pull, model), partial(gradients.fused, model, alg)
     return Programs(
         score=jax.jit(
             partial(gradients.score, model), static_argnums=(0, 1), donate_argnums=3, out_shardings=everywhere
         ),
         differentiate=small(partial(gradients.differentiate, alg)),
         pull=jax.jit(pull, static_argnums=0, donate_argnums=2, out_shardings=params),
-        fused=jax.jit(fused, static_argnums=0, donate_argnums=2, out_shardings=(params, everywhere)),
+        fused=jax.jit(fused, static_argnums=(0, 1), donate_argnums=3, out_shardings=(params, everywhere)),
         weigh=small(partial(gradients.weigh, alg, importance)),
         add=small(gradients.add),
         zeros=quick(partial(gradients.zeros, shapes), out_shardings=params),

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -42,13 +43,13 @@ def apply(
     train: TrainState,
     grads: dict[str, Params],
     loss: Loss,
-    on: dict[str, Bool[Array, ""]],
+    on: dict[str, Bool[Array, ""] | Params],
     signal: Bool[Array, ""],
     rate: float | Float[Array, ""] = 1.0,
 ) -> tuple[TrainState, Metrics, Health]:
     """The next train state. If the loss or any gradient is not finite it is the old one, bitwise, but for its counters.
 
-    on: which trainables to update; the others get no decay and no momentum.
+    on: which trainables to update, or which entries of one (`optim.apply`); the others get no decay and no momentum.
     rate: factor of the policy's learning rate.
     Returns also the metrics of the loss with `loss`, `grad_norm`, `lr` (prefixed by the label for trainables other than the
     policy) and `update/skipped`; a skipped update reports its metrics as means over nothing.
@@ -64,12 +65,12 @@ def apply(
     params, opt, count, moved = {}, {}, {}, jnp.zeros((), bool)
     metrics: Metrics = {name: jax.tree.map(lambda x: jnp.where(finite, x, 0), m) for name, m in loss.metrics.items()}
     for label in train.params:
-        go = finite & on[label]
+        go = jax.tree.map(partial(jnp.logical_and, finite), on[label])
         factor = jnp.asarray(rate if label == POLICY else 1.0, one.dtype)
         params[label], opt[label] = optim.apply(
             optimizers[label], grads[label], train.opt[label], train.params[label], go, factor
         )
-        count[label] = train.count[label] + go
+        count[label] = train.count[label] + optim.somewhere(go)
         norm = optax.tree.norm(grads[label])
         moved |= norm > 0
         prefix = "" if label == POLICY else f"{label}/"
