@@ -169,6 +169,20 @@ def test_a_forgotten_reference_policy_is_named_by_the_setting_that_forgets_it(su
     assert causes_of(subject("dpo"), partial(plain.dpo, reference=False)) == {"reference_free"}
 
 
+def test_a_length_in_place_of_a_mask_with_holes_is_named(subject):
+    def loss(logp, old_logp, length, reward, group):
+        return plain.grpo(logp, old_logp, np.arange(logp.shape[1]) < length[:, None], reward, group)
+
+    (cause,) = causes.explain(check.compare(subject("grpo"), loss, "theirs")[0])
+    assert cause.name == "missing mask" and "tokens within `length` that the mask leaves out" in cause.says
+
+
+def test_a_missing_term_is_named_by_its_coefficient():
+    of = check.prepare("grpo", {"beta": 0.04}, count=2)
+    (cause,) = causes.explain(check.compare(of, plain.grpo, "theirs")[0])
+    assert cause.name == "beta" and cause.says == "as with `beta=0.0`, the reference has `beta=0.04`"
+
+
 def test_settings_are_given_to_parameters_without_a_default_of_their_own():
     of = check.prepare("grpo", {"clip_high": 0.3, "aggregation": "token-mean", "eps": 1e-3}, count=2)
     compared, foreign = check.compare(of, plain.dapo_of_the_settings, "theirs")

@@ -1,6 +1,7 @@
 """What people get wrong, as mutations of a method: those it has a place for."""
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -34,9 +35,11 @@ def mistakes(alg: Algorithm, fields: Mapping[str, Any], cases: list[Case]) -> li
     return [*found, *_settings(alg.config, fields)]
 
 
-def other_methods(name: str) -> list[Mutation]:
-    """Every other method with its defaults."""
-    return [Mutation("another method", f"what `{n}` computes", method=n) for n in algorithms.names() if n != name]
+@functools.cache
+def other_methods(name: str) -> tuple[Mutation, ...]:
+    """Every other method with its defaults; the same objects each time."""
+    others = (n for n in algorithms.names() if n != name)
+    return tuple(Mutation("another method", f"what `{n}` computes", method=n) for n in others)
 
 
 # ------------------------------------------------------------------------------------------------------ sign, mask
@@ -110,7 +113,7 @@ def _clips(config: Any) -> list[Mutation]:
                 f"`{low}` is {x:g} and `{high}` {y:g}, the reference has {a:g} and {b:g}",
                 {low: x, high: y},
             )
-            for x, y in {*CLIPS, default}
+            for x, y in dict.fromkeys([*CLIPS, default])
             if None not in (x, y) and (x, y) not in ((a, b), (b, a), (a, a), (b, b))
         ]
     return found
