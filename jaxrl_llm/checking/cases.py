@@ -147,12 +147,16 @@ def _kinked(alg: Algorithm, case: Case) -> np.ndarray:
     return kinked
 
 
+def weighed_credit(alg: Algorithm, case: Case) -> Credit:
+    """The method's credit of a case, with its weights."""
+    state = alg.init()
+    credit = alg.credit(state, case.rows, KEY) if case.credit is None else case.credit
+    return alg.weigh(state, case.rows, credit) if credit.weight is None else credit
+
+
 def arguments(alg: Algorithm, case: Case) -> Arguments:
     """What functions may ask for: the views, the rows' arrays, the reference's credit and state, the method's config."""
-    rows, state = case.rows, alg.init()
-    credit = alg.credit(state, rows, KEY) if case.credit is None else case.credit
-    if credit.weight is None:
-        credit = alg.weigh(state, rows, credit)
+    rows, state, credit = case.rows, alg.init(), weighed_credit(alg, case)
     named = {
         **{name: getattr(rows, name) for name in _ROW_FIELDS},
         **rows.extras,

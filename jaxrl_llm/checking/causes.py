@@ -9,8 +9,9 @@ import numpy as np
 
 from jaxrl_llm.algorithms.base import Algorithm
 from jaxrl_llm.checking import mistakes
-from jaxrl_llm.checking.cases import Arguments, Case, Outcome
+from jaxrl_llm.checking.cases import Arguments, Case, Outcome, weighed_credit
 from jaxrl_llm.checking.mutations import Mutation, outcome
+from jaxrl_llm.types import Credit
 
 NUMERIC_RTOL = 1e-6  # of gradients by central differences
 
@@ -39,11 +40,15 @@ def subject(
 ) -> Subject:
     known: dict[tuple[Any, ...], tuple[Outcome | None, Any]] = {}
 
+    @functools.cache
+    def weighed(i: int) -> Credit:
+        return weighed_credit(alg, cases[i])
+
     def mutated(applied: tuple[Mutation, ...], i: int, stage: str, gradients: bool = True) -> Outcome | None:
         key = (tuple(map(id, applied)), i, stage, gradients)
         if key not in known:
             try:
-                found = outcome(name, fields, cases[i], stage, applied, gradients)
+                found = outcome(name, fields, cases[i], stage, applied, gradients, functools.partial(weighed, i))
             except (ValueError, KeyError, ArithmeticError):  # refused, or something is not there
                 found = None
             known[key] = found, applied  # kept, so that no other mutation gets its id

@@ -13,7 +13,7 @@ import numpy as np
 from jaxrl_llm import algorithms
 from jaxrl_llm.advantages import group
 from jaxrl_llm.algorithms.base import Algorithm, per_token, weigh_by
-from jaxrl_llm.checking.cases import KEY, Case, Outcome, of_views
+from jaxrl_llm.checking.cases import KEY, Case, Outcome, of_views, weighed_credit
 from jaxrl_llm.checking.mutations import STAGES, Mutation, with_advantage
 from jaxrl_llm.objectives import weights
 from jaxrl_llm.types import Credit, Rollouts, Views
@@ -177,9 +177,7 @@ def _aggregations(alg: Algorithm, cases: list[Case]) -> list[Mutation]:
 
 
 def _aggregates_so(alg: Algorithm, a: _Aggregation, case: Case) -> bool:
-    state = alg.init()
-    credit = alg.credit(state, case.rows, KEY) if case.credit is None else case.credit
-    weight = alg.weigh(state, case.rows, credit).weight if credit.weight is None else credit.weight
+    weight = weighed_credit(alg, case).weight
     return bool(np.allclose(weight, a.weight(weight != 0, case.rows), rtol=1e-9, atol=0))
 
 

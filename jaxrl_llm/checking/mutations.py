@@ -39,14 +39,16 @@ def outcome(
     stage: str,
     applied: tuple[Mutation, ...] = (),
     gradients: bool = True,
+    weighed: Callable[[], Credit] | None = None,
 ) -> Outcome:
     """Loss and gradients (stage "loss") or advantages (stage "credit") of a method under mutations, in their order.
 
-    Without `gradients` the loss alone, which is quicker.
+    Without `gradients` the loss alone, which is quicker. `weighed` gives the unmutated method's weighed credit, which need not
+    be computed again for mutations that come after it.
     Raises ValueError where the mutated config is refused or needs what the case lacks.
     """
     if any(m.terms for m in applied):
-        parts = [(f, outcome(name, fields, case, stage, inner, gradients)) for f, inner in applied[0].terms]
+        parts = [(f, outcome(name, fields, case, stage, inner, gradients, weighed)) for f, inner in applied[0].terms]
         grads = {v: np.sum([f * part.grads[v] for f, part in parts], axis=0) for v in parts[0][1].grads}
         return Outcome(np.sum([f * part.value for f, part in parts], axis=0), grads)
     for m in applied:
@@ -67,9 +69,12 @@ def outcome(
         return rows
 
     def credit_of(views: Views) -> Credit:
-        credit = alg.credit(state, rows_of("credit", views), KEY) if case.credit is None else case.credit
         rows = rows_of("weigh", views)
-        credit = alg.weigh(state, rows, credit) if credit.weight is None else credit
+        if weighed and not any(m.fields or m.rows or m.method for m in applied):
+            credit = weighed()
+        else:
+            credit = alg.credit(state, rows_of("credit", views), KEY) if case.credit is None else case.credit
+            credit = alg.weigh(state, rows, credit) if credit.weight is None else credit
         for m in applied:
             credit = m.credit(credit, rows) if m.credit else credit
         return credit
