@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +133,28 @@ def test_a_run_that_crashed_between_checkpoints_resumes_to_the_same_numbers(stra
     assert_same_run(straight, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "epo", "steps": 4},
+        {"name": "gtpo"},
+        {"name": "riskpo", "bundle": 2},
+        {"name": "bupo", "layer": 0, "s_inter": 3},  # the phase changes after the run is resumed
+    ],
+    ids=lambda method: method["name"],
+)
+def test_what_a_method_keeps_across_steps_is_resumed_to_the_same_numbers(method, tmp_path):
+    def run(directory):
+        return configured(directory, algorithm=method, eval={"size": 0}, learner={"epochs": 1})
+
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert loop.train(run(straight), on_rows=letters) == 0
+    shutil.copytree(straight, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "4")  # the newest is that of step 2 now
+    assert loop.train(run(resumed), on_rows=letters) == 0
+    assert_same_run(straight, resumed)
+
+
 def test_sigterm_saves_the_step_and_exits_0_and_the_run_goes_on_from_there(straight, tmp_path):
     def interrupt(step, rows):
         letters(step, rows)
@@ -224,6 +247,7 @@ def test_what_the_problems_contradict_is_refused_before_device_work(sections, li
 
 # What a method needs of the config besides its name; the rest of BASE is the same for all.
 NEEDS = {
+    "bupo": {"algorithm": {"name": "bupo", "layer": 0}},
     "e_grpo": {"rewards": {"workers": 0, "parts": [{"reward": "length_penalty"}]}},  # `letters` sets both parts
     "rso": {"algorithm": {"name": "rso", "candidates": 8, "keep": 4}},
     "s_grpo": {"rollout": {"prompts": 2, "group_size": 3, "max_prompt": 10, "max_new": 16}},
