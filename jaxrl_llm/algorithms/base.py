@@ -170,6 +170,13 @@ def keep_state(
     return state, memory
 
 
+def count_steps(
+    state: State, memory: Memory, rows: Rollouts, credit: Credit, report: Report, views: ViewsFn
+) -> tuple[State, Memory]:
+    """`observe` of methods whose state is {"step": RL steps so far}."""
+    return {"step": state["step"] + 1}, memory
+
+
 class Algorithm(NamedTuple):
     """A method. `plan`, `select`, `observe` and `update` run on the host; the others are jitted and pure.
 

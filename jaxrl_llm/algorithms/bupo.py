@@ -29,15 +29,14 @@ from jaxrl_llm.algorithms.base import (
     Inner,
     Needs,
     Plan,
-    Report,
-    ViewsFn,
     check_clip,
     clipped_metrics,
+    count_steps,
     expect,
     group_credit,
 )
 from jaxrl_llm.objectives import ratios, surrogates, weights
-from jaxrl_llm.types import Credit, Memory, Metrics, Rollouts, State, Views
+from jaxrl_llm.types import Credit, Metrics, Rollouts, State, Views
 
 PAPER = Paper(
     title="Bottom-up Policy Optimization: Your Language Model Policy Secretly Contains Internal Policies",
@@ -85,11 +84,6 @@ def build(config: Config) -> Algorithm:
         total = weights.weighted_sum(policy.loss, credit.weight)
         return total, clipped_metrics(policy, ratio, mask, credit.weight)
 
-    def observe(
-        state: State, memory: Memory, rows: Rollouts, credit: Credit, report: Report, views: ViewsFn
-    ) -> tuple[State, Memory]:
-        return {"step": state["step"] + 1}, memory
-
     return Algorithm(
         name="bupo",
         config=config,
@@ -97,7 +91,7 @@ def build(config: Config) -> Algorithm:
         plan=plan,
         credit=group_credit(config.ddof, config.eps, config.spread_tol),
         loss=loss,
-        observe=observe,
+        observe=count_steps,
         needs=Needs(
             loss=(INNER,),
             rescore=(f"old_{INNER}",),

@@ -27,11 +27,10 @@ from jaxrl_llm.algorithms.base import (
     Algorithm,
     Key,
     Needs,
-    Report,
     Selection,
-    ViewsFn,
     check_clip,
     clipped_metrics,
+    count_steps,
     expect,
     expect_one_of,
     flat_plan,
@@ -158,11 +157,6 @@ def build(config: Config) -> Algorithm:
         policy = surrogates.clipped(ratio, credit.advantage, mask, config.clip_low, config.clip_high)
         return weights.weighted_sum(policy.loss, credit.weight), clipped_metrics(policy, ratio, mask, credit.weight)
 
-    def observe(
-        state: State, memory: Memory, rows: Rollouts, credit: Credit, report: Report, views: ViewsFn
-    ) -> tuple[State, Memory]:
-        return {"step": state["step"] + 1}, memory
-
     return Algorithm(
         name="d3s",
         config=config,
@@ -172,7 +166,7 @@ def build(config: Config) -> Algorithm:
         loss=loss,
         select=select,
         weigh=weigh,
-        observe=observe,
+        observe=count_steps,
         couples="row",
         needs=Needs(rescore=("old_entropy",), min_group=2),
     )

@@ -36,7 +36,7 @@ from jaxrl_llm.algorithms.base import (
     Plan,
     Report,
     Selection,
-    ViewsFn,
+    count_steps,
     expect,
     expect_one_of,
     weigh_by,
@@ -218,11 +218,6 @@ def build(config: Config) -> Algorithm:
         state, metrics = learner.step(state, rows, credit, active={"policy": not learning, "critic": learning})
         return state, Report(metrics, metrics, 1, (metrics,))
 
-    def observe(
-        state: State, memory: Memory, rows: Rollouts, credit: Credit, report: Report, views: ViewsFn
-    ) -> tuple[State, Memory]:
-        return {"step": state["step"] + 1}, memory
-
     return Algorithm(
         name="dapo_direct",
         config=config,
@@ -234,7 +229,7 @@ def build(config: Config) -> Algorithm:
         select=select,
         update=update,
         updates=1,
-        observe=observe,
+        observe=count_steps,
         couples="row",
         needs=Needs(
             loss=("logp", "values"),

@@ -31,16 +31,16 @@ from jaxrl_llm.algorithms.base import (
     Needs,
     Plan,
     Report,
-    ViewsFn,
     check_clip,
     clipped_metrics,
+    count_steps,
     expect,
     expect_one_of,
     per_token,
     weigh_by,
 )
 from jaxrl_llm.objectives import elbo, surrogates, weights
-from jaxrl_llm.types import Credit, Memory, Metrics, Rollouts, State, Views, mean_of, merge_metrics
+from jaxrl_llm.types import Credit, Metrics, Rollouts, State, Views, mean_of, merge_metrics
 
 PAPER = Paper(
     title="Improving Reasoning for Diffusion Language Models via Group Diffusion Policy Optimization",
@@ -163,11 +163,6 @@ def build(config: Config) -> Algorithm:
             merged = merge_metrics(merged, metrics)
         return state, Report(merged, reports[-1], len(reports), tuple(reports))
 
-    def observe(
-        state: State, memory: Memory, rows: Rollouts, credit: Credit, report: Report, views: ViewsFn
-    ) -> tuple[State, Memory]:
-        return {"step": state["step"] + 1}, memory
-
     return Algorithm(
         name="gdpo",
         config=config,
@@ -178,7 +173,7 @@ def build(config: Config) -> Algorithm:
         weigh=weigh,
         update=update,
         updates=config.updates,
-        observe=observe,
+        observe=count_steps,
         couples="row",
         needs=Needs(
             loss=("elbo",),

@@ -28,17 +28,16 @@ from jaxrl_llm.algorithms.base import (
     Algorithm,
     Needs,
     Plan,
-    Report,
-    ViewsFn,
     check_clip,
     clipped_metrics,
+    count_steps,
     expect,
     expect_one_of,
     per_token,
     weigh_by,
 )
 from jaxrl_llm.objectives import ratios, surrogates, weights
-from jaxrl_llm.types import Credit, Memory, Metrics, Rollouts, State, Views, mean_of
+from jaxrl_llm.types import Credit, Metrics, Rollouts, State, Views, mean_of
 
 PAPER = Paper(
     title="S-GRPO: Early Exit via Reinforcement Learning in Reasoning Models",
@@ -183,11 +182,6 @@ def build(config: Config) -> Algorithm:
             "exits/reward": mean_of(credit.score, rows.counted),
         }
 
-    def observe(
-        state: State, memory: Memory, rows: Rollouts, credit: Credit, report: Report, views: ViewsFn
-    ) -> tuple[State, Memory]:
-        return {"step": state["step"] + 1}, memory
-
     return Algorithm(
         name="s_grpo",
         config=config,
@@ -196,7 +190,7 @@ def build(config: Config) -> Algorithm:
         credit=credit,
         loss=loss,
         weigh=weigh,
-        observe=observe,
+        observe=count_steps,
         couples="row",
         needs=Needs(row_extras=("exit_order",)),
     )

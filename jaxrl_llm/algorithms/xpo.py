@@ -24,7 +24,7 @@ import numpy as np
 
 from jaxrl_llm import pairs
 from jaxrl_llm.algorithms import Paper
-from jaxrl_llm.algorithms.base import Algorithm, Needs, Plan, Report, Selection, ViewsFn, expect, expect_one_of
+from jaxrl_llm.algorithms.base import Algorithm, Needs, Plan, Selection, count_steps, expect, expect_one_of
 from jaxrl_llm.objectives import preference
 from jaxrl_llm.types import REFERENCE, Credit, Memory, Metrics, Rollouts, State, Views, mean_of
 
@@ -123,11 +123,6 @@ def build(config: Config) -> Algorithm:
             "optimism/reference_won": mean_of(role > 0, theirs),
         }
 
-    def observe(
-        state: State, memory: Memory, rows: Rollouts, credit: Credit, report: Report, views: ViewsFn
-    ) -> tuple[State, Memory]:
-        return {"step": state["step"] + 1}, memory
-
     return Algorithm(
         name="xpo",
         config=config,
@@ -137,7 +132,7 @@ def build(config: Config) -> Algorithm:
         loss=loss,
         weigh=weigh,
         select=select,
-        observe=observe,
+        observe=count_steps,
         couples="block",
         needs=Needs(rescore=("ref_logp",), importance=False, min_group=2),
     )
