@@ -46,6 +46,7 @@ SETTINGS = [
 # Overrides of methods that count steps or rows themselves, and what the table says of them.
 ADAPTED: dict[str, tuple[list[str], str]] = {
     "aepo_entropy": ([f"algorithm.sample_num={ROWS // 40}"], ""),
+    "bupo": ([f"algorithm.s_inter={STEPS // 2}"], "the first half of the steps on layer 1 of 0 to 3"),
     "d3s": ([f"algorithm.steps={STEPS}"], ""),
     "dapo_direct": (
         [f"rollout.prompts={ROWS // 24}", "algorithm.critic_steps=10", "algorithm.actor_steps=20"],
