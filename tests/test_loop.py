@@ -14,6 +14,7 @@ import pytest
 
 from jaxrl_llm import algorithms
 from jaxrl_llm.config import Config
+from jaxrl_llm.rollout import collectors
 from jaxrl_llm.training import build, loop
 from jaxrl_llm.training.checkpoints import Checkpoints
 
@@ -222,6 +223,26 @@ def test_a_group_left_with_one_scored_row_warns_once_and_trains_on(tmp_path):
     assert len([w for w in warned if "nothing to be compared with" in str(w.message)]) == 1
     line = next(line for line in metrics_of(tmp_path) if "groups_of_one" in line)
     assert line["groups_of_one"] == 1 and np.isfinite(line["grad_norm"])
+
+
+def test_a_batch_that_cannot_be_made_ends_the_run_with_its_steps_saved(tmp_path, monkeypatch, capsys):
+    def fussy(max_draws):
+        def collect(plan, prompts):
+            if fussy.batches == 0:
+                raise collectors.CollectError("no such groups")
+            fussy.batches -= 1
+            return (yield from collectors.flat(plan, prompts))
+
+        return collect
+
+    fussy.batches = 3
+    monkeypatch.setattr(collectors, "dynamic", fussy)
+    config = configured(tmp_path, algorithm={"name": "grpo", "dynamic_sampling": True}, checkpoint={"every": 2})
+    assert loop.train(config, on_rows=letters) == 1
+    assert "stopped: no such groups" in capsys.readouterr().err
+    assert saved(tmp_path)[0] == 3
+    fussy.batches = 1
+    assert loop.train(config, on_rows=letters) == 0
 
 
 def no_device_work(*_):

@@ -18,6 +18,10 @@ from jaxrl_llm.types import GIVEN, REFERENCE
 Rows = Generator[Any, Any, list[Row]]
 
 
+class CollectError(RuntimeError):
+    """A batch that cannot be made of what the policy samples."""
+
+
 def row_of(prompt: Prompt, completion: Completion, group: int, **extras: Any) -> Row:
     """A row that trains every token of one completion of a prompt; `extras` and "prompt_id" are data methods may need."""
     return Row(
@@ -123,7 +127,7 @@ def dynamic(max_draws: int) -> Collector:
     """DAPO's dynamic sampling (arXiv 2503.14476): groups whose rewards all agree are replaced by fresh prompts.
 
     A group is judged by the task's own reward, `Row.reward[0]`, before shaping parts such as the overlong penalty.
-    Raises RuntimeError when `max_draws` batches did not yield enough groups.
+    Raises CollectError when `max_draws` batches did not yield enough groups.
     """
 
     def collect(plan: Plan, prompts: Sequence[Prompt]) -> Rows:
@@ -138,7 +142,7 @@ def dynamic(max_draws: int) -> Collector:
             if len(kept) >= wanted:
                 return [r for group in kept[:wanted] for r in group]
             prompts = yield Draw(wanted)
-        raise RuntimeError(
+        raise CollectError(
             f"algorithm.max_draws={max_draws}: only {len(kept)} of {wanted} groups had rewards that differ; "
             "raise it, or choose easier or harder prompts"
         )

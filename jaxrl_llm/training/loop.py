@@ -23,6 +23,7 @@ from jaxrl_llm.reporting import samples
 from jaxrl_llm.reporting.progress import Progress
 from jaxrl_llm.reporting.writers import Writers
 from jaxrl_llm.rollout import driver
+from jaxrl_llm.rollout.collectors import CollectError
 from jaxrl_llm.rollout.rows import Completion, Request, Row, pack
 from jaxrl_llm.tasks.base import Prompt
 from jaxrl_llm.training import ahead, build, metrics, parts, phases
@@ -61,8 +62,9 @@ class Training:
 def train(config: Config, on_rows: OnRows | None = None) -> int:
     """Run or resume what `config` describes in `config.run.dir`. Returns the exit code.
 
-    Stops cleanly on Ctrl-C and SIGTERM: the step under way is finished and saved, and the code is 0. A loss that stays
-    non-finite or a disk that refuses ends the run with a message and code 1; the last checkpoint is whole.
+    Stops cleanly on Ctrl-C and SIGTERM: the step under way is finished and saved, and the code is 0. A batch that cannot be
+    made ends the run with a message and code 1, the steps before it saved. A loss that stays non-finite or a disk that refuses
+    does so too; the last checkpoint is whole.
 
     Args:
       on_rows: sees, and may change, the rewarded rows of every step before they are packed (control experiments).
@@ -73,7 +75,7 @@ def train(config: Config, on_rows: OnRows | None = None) -> int:
         with made.scorer:
             try:
                 return _run(made, params, run, stop, progress, on_rows)
-            except (NonFiniteError, NoGradientError, CheckpointError) as error:
+            except (CollectError, NonFiniteError, NoGradientError, CheckpointError) as error:
                 print(f"jaxrl_llm: stopped: {error}", file=sys.stderr)
                 return 1
 
@@ -124,7 +126,11 @@ def _steps(
     peak = metrics.peak_flops()
     progress.phase("train", config.run.steps, at.step)
     while at.step < config.run.steps and not stop.requested:
-        numbers, shown = step(made, training, at, progress)
+        try:
+            numbers, shown = step(made, training, at, progress)
+        except CollectError:
+            save(made, training, at, checkpoints, writers, wait=True)
+            raise
         numbers["recompiles"] = float(compilations.take())
         numbers["mfu"] = metrics.mfu(numbers.pop("flops"), numbers["timing/step"], jax.device_count(), peak)
         numbers |= metrics.memory()
