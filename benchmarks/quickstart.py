@@ -3,7 +3,8 @@
     python benchmarks/quickstart.py --out benchmarks/results/quickstart.json
 
   rl         configs/quickstart.yaml as it is
-  permuted   the same, rewards permuted over the rows of each batch: what is left is no learning signal
+  permuted   the same, rewards permuted over the rows of each batch: what is left is no learning signal. It ends early
+             when the policy solves so little that dynamic sampling finds too few groups whose rewards differ
   sft        supervised fine-tuning only, for as long as the whole `rl` run of the first seed took
 
 Each run is a process of its own; --only repeats some. Results are merged into an existing --out file.
@@ -45,10 +46,12 @@ def run(kind: str, seed: int, seconds: float | None) -> dict:
         if kind == "sft":
             until = ["warmstart.until=null", "warmstart.steps=1000000", f"warmstart.seconds={seconds}"]
             overrides += ["run.steps=0", *until]
+        if kind == "permuted":
+            overrides.append("eval.every=20")
         directory = str(Path(scratch) / "run")
         began = time.perf_counter()
         words = [sys.executable, __file__, "--child", kind, directory, *overrides]
-        subprocess.run(words, check=True)
+        ended = subprocess.run(words, check=kind != "permuted").returncode == 0
         wall = time.perf_counter() - began
         lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
     held_out = [line["eval/accuracy"] for line in lines if "eval/accuracy" in line]
@@ -60,6 +63,8 @@ def run(kind: str, seed: int, seconds: float | None) -> dict:
         "wall_seconds": round(wall, 1),
         "rl_seconds": round(sum(steps), 1),
         "rl_steps": len(steps),
+        "ended": ended,
+        "held_out": [round(a, 4) for a in held_out],
         "problems": int(next(line["eval/problems"] for line in lines if "eval/problems" in line)),
         "before": round(before, 4),
         "after": round(held_out[-1], 4),
