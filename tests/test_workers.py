@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxrl_llm.tasks import workers as processes
 from jaxrl_llm.tasks.base import RewardSpec
 from jaxrl_llm.tasks.workers import Scorer
 
@@ -163,8 +164,17 @@ def test_results_keep_their_order_and_do_not_depend_on_the_number_of_workers():
             assert scorer.score(rows) == [{"length": 2.0 * (i % 7), "x": float(i % 7 > 0)} for i in range(60)]
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_rows_sent_ahead_of_a_bad_one_are_scored_once(tmp_path, workers):
+@pytest.mark.parametrize("workers, slow", [(1, False), (1, True), (3, False)])
+def test_rows_sent_ahead_of_a_bad_one_are_scored_once(tmp_path, monkeypatch, workers, slow):
+    """Also when the trainer is slow: the worker is long dead of a later row when replies to earlier ones are read."""
+    receive = processes._Worker.receive
+
+    def late(worker, deadline):
+        time.sleep(0.1)
+        return receive(worker, deadline)
+
+    if slow:
+        monkeypatch.setattr(processes._Worker, "receive", late)
     bad = {5: "sleep", 9: "leave", 10: "leave a child", 30: "raise"}
     file = tmp_path / "rows"
     rows = [(bad.get(i, "good"), {"name": str(i), "file": str(file)}) for i in range(40)]

@@ -200,7 +200,8 @@ class Scorer:
         parts: Parts = {}
         usable = False
         try:
-            worker.send(lines, deadline)
+            with contextlib.suppress(BrokenPipeError, EOFError):  # it died of a row: the first it has not answered
+                worker.send(lines, deadline)
             reply: dict[str, Any] = {}
             while "children" not in reply:
                 reply = worker.receive(deadline)
@@ -299,7 +300,7 @@ class _Worker:
         self._lock = threading.Lock()
 
     def send(self, line: bytes, deadline: float) -> None:
-        """Raises TimeoutError past the deadline (monotonic seconds), OSError when the process is gone."""
+        """Raises TimeoutError past the deadline (monotonic seconds), BrokenPipeError or EOFError when the process is gone."""
         rest = memoryview(line)
         while rest:
             self._wait(self._in, select.POLLOUT, deadline)
