@@ -15,6 +15,7 @@ from jaxrl_llm.models import decoder
 from jaxrl_llm.models.attention import causal, two_part
 from jaxrl_llm.rollout import decode
 from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.lanes import Cache, joined
 from jaxrl_llm.rollout.rows import STOP_LENGTH, STOP_STRING, STOP_TOKEN
 from jaxrl_llm.rollout.sampling import truncate
 from jaxrl_llm.sharding import rules
@@ -389,12 +390,12 @@ def test_decode_attention_is_two_part_attention(x64):
     seen_own = np.arange(own) < np.array([[1], [6], [3]])
     lanes = np.array([0, 2, 2])  # the context of each slot
     seats = (jnp.array([[0, 0], [0, 0], [2, 1]]), jnp.asarray(lanes), jnp.array([1, 1, 0]))
-    got = jax.jit(decode.joined, static_argnums=6)(
+    got = jax.jit(joined, static_argnums=6)(
         q,
         seats,
-        decode.Cache(k_ctx.transpose(0, 2, 3, 1), v_ctx.transpose(0, 2, 1, 3)),
+        Cache(k_ctx.transpose(0, 2, 3, 1), v_ctx.transpose(0, 2, 1, 3)),
         jnp.broadcast_to(seen_ctx[:, None], (s, 2, length)),
-        decode.Cache(k_own.transpose(0, 2, 3, 1), v_own.transpose(0, 2, 1, 3)),
+        Cache(k_own.transpose(0, 2, 3, 1), v_own.transpose(0, 2, 1, 3)),
         jnp.asarray(seen_own),
         0.3,
     )

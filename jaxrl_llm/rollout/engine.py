@@ -23,7 +23,8 @@ from jaxrl_llm.compile_cache import quickly
 from jaxrl_llm.models import decoder
 from jaxrl_llm.models.spec import ModelSpec
 from jaxrl_llm.rollout import decode
-from jaxrl_llm.rollout.rows import STOP_LENGTH, STOP_STRING, STOP_TOKEN, Completion
+from jaxrl_llm.rollout.results import Results
+from jaxrl_llm.rollout.rows import Completion
 from jaxrl_llm.rollout.sampling import Sampling, item_keys
 from jaxrl_llm.rollout.stops import stop_table
 from jaxrl_llm.sharding.rules import partition
@@ -34,8 +35,6 @@ MIN_SLOTS = 8  # per shard; below this a smaller program is not worth its compil
 MIN_PLACES = 4  # a lane shared by fewer is not worth the detour
 MIN_COLUMNS = 16  # shortest compiled context
 PREFILL_TOKENS = 8192  # per shard, at once
-CLOSE = 1e-5  # a choice with a smaller margin may differ between compiled sizes
-STOP_NAMES = {decode.ON_TOKEN: STOP_TOKEN, decode.ON_STRING: STOP_STRING, decode.ON_LENGTH: STOP_LENGTH}
 
 PerContext = float | Sequence[float] | None  # one number for all contexts, one for each, or the engine's default
 
@@ -164,7 +163,7 @@ class Engine:
             size, lanes = self._shape(contexts, owner, max(len(items) for items in shards))
             pool, queue, went = self._upload(contexts, owner, shards, lanes[1], keys, limits, sampling)
             truncated = bool((sampling.top_k > 0).any() or (sampling.top_p < 1).any() or (sampling.min_p > 0).any())
-            done = _Results(len(owner), self.max_new, int(self.version or 0), on_finished, went)
+            done = Results(len(owner), self.max_new, int(self.version or 0), on_finished, went)
             slots = self._idle(size, lanes, pool[0].v.shape[-2], queue)
             self._loop(truncated, size, slots, pool, queue, shards, jax.device_put(hook_state, self._everywhere), done)
         self.stats = done.stats() | {"compilations": self.compilations, "contexts": len(contexts)}
@@ -251,7 +250,7 @@ class Engine:
             routes = [went[d, context[d, i], : queue.length[d, i]] for d, i in places]
         return pool, jax.device_put(queue, self._shard), routes
 
-    def _loop(self, truncated, size, slots, pool, queue, shards, hook_state, done: "_Results") -> None:
+    def _loop(self, truncated, size, slots, pool, queue, shards, hook_state, done: Results) -> None:
         """Decode until every shard has emptied its queue; sort logs into completions while the device goes on."""
         total = np.array([len(items) for items in shards], np.int32)
         first = np.array([items[0] if len(items) else 0 for items in shards])
@@ -334,63 +333,6 @@ class Engine:
         self._decode = jax.jit(counted(decode_, "decode"), static_argnums=0, donate_argnums=8, out_shardings=out)
         self._compact = quick(counted(compact, "compact"), static_argnums=0)
         self._keys = quick(counted(item_keys, "item_keys"))
-
-
-class _Results:
-    """Logs of the decode loop, sorted into completions."""
-
-    def __init__(
-        self,
-        items: int,
-        max_new: int,
-        version: int,
-        on_finished: Callable[[int, Completion], None] | None,
-        went: Sequence[np.ndarray] | None = None,
-    ):
-        """went: the experts of each item's cached context, where they are recorded."""
-        self.tokens = np.zeros((items, max_new), np.int32)
-        self.sampler_logp = np.zeros((items, max_new), np.float32)
-        self.policy_logp = np.zeros((items, max_new), np.float32)
-        self.margins = np.full(items, np.inf, np.float32)  # smallest choice margin of each item
-        self.completions: list[Completion | None] = [None] * items
-        self.version, self.on_finished, self.went = version, on_finished, went
-        self.routes = None if went is None else np.zeros((items, max_new, *went[0].shape[1:]), went[0].dtype)
-        self.steps = self.slot_steps = self.new_tokens = self.close = 0
-
-    def add(self, log: decode.Log, steps: np.ndarray, first: np.ndarray, size: int) -> None:
-        """One log [D, C, S] of which each shard wrote `steps` rows; `first` is each shard's first item of the call."""
-        host = jax.device_get(log)
-        at = host.item >= 0
-        item, age = (host.item + first[:, None, None])[at], host.age[at]
-        self.tokens[item, age] = host.token[at]
-        self.sampler_logp[item, age] = host.sampler_logp[at]
-        self.policy_logp[item, age] = host.policy_logp[at]
-        if self.routes is not None:
-            self.routes[item, age] = host.routes[at]
-        np.minimum.at(self.margins, item, host.margin[at])
-        self.close += int(np.sum(host.margin[at] < CLOSE))
-        self.new_tokens += len(item)
-        self.steps += int(steps.max())
-        self.slot_steps += int(steps.max()) * size * len(steps)
-        reason = host.reason[at]
-        for i, n, why in zip(*(x[reason != decode.GOING] for x in (item, age + 1, reason))):
-            arrays = (x[i, :n].copy() for x in (self.tokens, self.sampler_logp, self.policy_logp))
-            routes = None
-            if self.routes is not None and self.went is not None:
-                routes = np.concatenate([self.went[i], self.routes[i, :n]])
-            self.completions[i] = Completion(*arrays, stop=STOP_NAMES[int(why)], version=self.version, routes=routes)
-            if self.on_finished is not None:
-                self.on_finished(int(i), self.completions[i])  # type: ignore[arg-type]
-
-    def stats(self) -> dict[str, Any]:
-        return {
-            "tokens": self.new_tokens,
-            "steps": self.steps,
-            "slot_utilisation": self.new_tokens / max(self.slot_steps, 1),
-            "min_margin": float(self.margins.min()),
-            "close_choices": self.close,
-            "item_margins": self.margins,
-        }
 
 
 def _power(n: int) -> int:
