@@ -244,6 +244,8 @@ def expectation(error: ErrorDetails) -> str:
 
 
 def _needs(config: Config, name: str, alg: Any) -> None:
+    from jaxrl_llm.algorithms.base import check_inner
+
     needs, reference = alg.needs, config.reference
     wants_reference = needs.reference or any(view.startswith("ref_") for view in needs.rescore)
     if needs.scorer != "causal":
@@ -251,11 +253,8 @@ def _needs(config: Config, name: str, alg: Any) -> None:
             f"algorithm.name={name!r}: its views come from the scorer {needs.scorer!r}, expected a method whose views "
             "come from a decoder; this one is called from Python (training.learner)"
         )
-    layers = model_json(config).get("num_hidden_layers")
-    if needs.inner and isinstance(layers, int) and needs.inner.layer >= layers:
-        raise ValueError(
-            f"algorithm.layer={needs.inner.layer}: the model has {layers} layers, expected 0 to {layers - 1}"
-        )
+    if isinstance(layers := model_json(config).get("num_hidden_layers"), int):
+        check_inner(needs.inner, layers)
     unknown = [extra for extra in needs.row_extras if extra not in FLAT_EXTRAS]
     if unknown and alg.plan(alg.init()).collector is None:
         raise ValueError(

@@ -195,5 +195,5 @@ def test_the_last_layer_s_policy_is_the_policy_only_by_way_of_the_norm():
 
 
 def test_a_layer_the_model_has_not_is_refused():
-    with pytest.raises(ValueError, match=r"algorithm.layer=3: the model has 3 layers, expected 0 to 2"):
+    with pytest.raises(ValueError, match=r"algorithm.layer=3: expected 0 to 2, the model's layers"):
         learner(layer=3)

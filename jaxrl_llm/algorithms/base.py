@@ -250,6 +250,13 @@ def check_clip(low: float, high: float, dual_clip: float | None = None, delta: f
     expect(delta is None or delta > 1 + high, "delta", delta, f"more than 1 + clip_high = {1 + high}")
 
 
+def check_inner(inner: Inner | None, layers: int) -> None:
+    """Raise ValueError when a method's internal policy is of a layer that the model does not have."""
+    expect(
+        inner is None or inner.layer < layers, "layer", inner and inner.layer, f"0 to {layers - 1}, the model's layers"
+    )
+
+
 def views_in(alg: Algorithm, state: State) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The views that the loss differentiates, and those rescored, in this state: the plan's where a method has phases."""
     plan = alg.plan(state) if alg.needs.inner else Plan()

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxrl_llm.algorithms.base import INNER, Algorithm, Key, Noise, Report, keep, views_in
+from jaxrl_llm.algorithms.base import INNER, Algorithm, Key, Noise, Report, check_inner, keep, views_in
 from jaxrl_llm.config import Config
 from jaxrl_llm.models import critic as critics
 from jaxrl_llm.models import decoder
@@ -67,10 +67,7 @@ class Learner:
                 f"learner.importance.mode={settings.importance.mode}: the loss of {alg.name} has no place for "
                 "importance weights, expected none"
             )
-        if needs.inner and needs.inner.layer >= spec.layers:
-            raise ValueError(
-                f"algorithm.layer={needs.inner.layer}: the model has {spec.layers} layers, expected 0 to {spec.layers - 1}"
-            )
+        check_inner(needs.inner, spec.layers)
         if (needs.scorer != CAUSAL) != (plug_in is not None):
             raise ValueError(
                 f"algorithm.name={alg.name!r}: its views come from scorer {needs.scorer!r}, expected that as plug_in"
