@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from jaxrl_llm import config
@@ -52,4 +53,6 @@ def make_mesh(sizes: config.Mesh | None = None, devices: Sequence[Any] | None = 
         )
     if sizes and used < len(devices):
         logger.warning("the mesh uses %d of %d devices", used, len(devices))
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:used])
+    # `jax.make_mesh` refuses an axis that is neither a side of a TPU slice nor several whole ones, such as tp 2 on 4 x 4.
+    grid = mesh_utils.create_device_mesh(tuple(shape), devices[:used], allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
