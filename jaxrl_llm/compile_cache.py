@@ -57,15 +57,13 @@ def use(where: str | None) -> Path | None:
     return Path(chosen)
 
 
-def quickly() -> dict[str, bool | int]:
-    """`compiler_options` for what takes longer to compile than it will run; none but on a CPU.
+def quickly(platform: str) -> dict[str, bool | int]:
+    """`compiler_options` for what takes longer to compile than it will run on a platform; none but on a CPU.
 
     There few optimizations, and XLA's older emitters while it has them (jaxlib 0.10), compile in half the time; what they make
     may run a fifth slower.
     """
-    import jax
-
-    if jax.default_backend() != "cpu":
+    if platform != "cpu":
         return {}
     emitters = {"xla_cpu_use_fusion_emitters": False} if version("jaxlib").startswith("0.10.") else {}
     return {"xla_backend_optimization_level": 1, **emitters}

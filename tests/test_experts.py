@@ -91,7 +91,7 @@ def test_an_expert_a_token_has_not_chosen_cannot_spoil_it(x64):
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 2, "ep": 2}, {"fsdp": 2, "tp": 2}], ids=str)
 def test_sorted_groups_are_the_same_on_every_mesh(sizes, monkeypatch):
-    monkeypatch.setattr(experts, "_one_by_one", lambda: False)
+    monkeypatch.setattr(experts, "_one_by_one", lambda _: False)
     params = tiny.params(MIXED)
 
     def objective(p, tokens):
@@ -227,6 +227,6 @@ def test_impossible_experts_are_refused(changes, message):
 
 
 def test_what_a_backward_pass_keeps_counts_every_expert_on_a_cpu():
-    bytes_of = partial(decoder.kept_products, dtype=jnp.float32)
+    bytes_of = partial(decoder.kept_products, dtype=jnp.float32, platform="cpu")
     dense, sparse = bytes_of(tiny.spec("qwen3", num_hidden_layers=1)), bytes_of(MIXED)
     assert sparse - 3 * dense == 4 * 2 * (4 + 4 * (2 * 12 + 16) - (2 * 24 + 16))

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from jaxrl_llm.models import attention, critic, decoder, hf, scorers
 from jaxrl_llm.models.spec import from_hf, to_hf
+from jaxrl_llm.sharding.target import Target
 
 FAMILIES = list(tiny.CONFIGS)
 IDS = np.array([[1, 5, 9, 2, 7, 30, 4, 11]])
@@ -374,7 +375,8 @@ def test_a_critic_s_values_are_affine_in_its_hidden_states(x64):
 
 def test_automatic_rematerialization_keeps_products_while_they_fit():
     spec = tiny.spec("qwen3")
-    few = decoder.KEPT_ON_CPU // decoder.kept_products(spec, jnp.float32)
-    assert decoder.fitting_remat(spec, few, jnp.float32) == "dots"
-    assert decoder.fitting_remat(spec, few + 1, jnp.float32) == "full"
-    assert decoder.fitting_remat(spec, 2 * few, jnp.bfloat16) == "dots"
+    few, cpu = decoder.KEPT_ON_CPU // decoder.kept_products(spec, jnp.float32, "cpu"), Target("cpu", "cpu")
+    assert decoder.fitting_remat(spec, few, jnp.float32, cpu) == "dots"
+    assert decoder.fitting_remat(spec, few + 1, jnp.float32, cpu) == "full"
+    assert decoder.fitting_remat(spec, 2 * few, jnp.bfloat16, cpu) == "dots"
+    assert decoder.fitting_remat(spec, 2 * few, jnp.float32, Target("tpu", "TPU v5 lite")) == "dots"

@@ -42,7 +42,9 @@ class Subject:
         learner = Learner(self.made.config, self.made.spec, self.alg, self.made.mesh)
         learner.init(self._params)
         self._params = None
-        return loop.Training(self.alg, learner, jax.jit(self.alg.credit, compiler_options=quickly()))
+        return loop.Training(
+            self.alg, learner, jax.jit(self.alg.credit, compiler_options=quickly(jax.default_backend()))
+        )
 
     @property
     def params(self) -> Params:

@@ -21,7 +21,9 @@ from jaxtyping import Array, Float, Int
 from jaxrl_llm.models import experts
 from jaxrl_llm.models.attention import Attend, LayerInfo, accumulator
 from jaxrl_llm.models.spec import SILU, ModelSpec
+from jaxrl_llm.sharding import target
 from jaxrl_llm.sharding.rules import constrain, ways
+from jaxrl_llm.sharding.target import Target
 from jaxrl_llm.types import Params
 
 Remat = Literal["auto", "none", "dots", "full"]
@@ -30,8 +32,8 @@ DENSE, EXPERTS = ("gate", "up", "down"), "experts"  # parameters of layers witho
 
 ACTIVATIONS = {SILU: jax.nn.silu}
 # What "auto" lets the backward pass keep on a CPU, where computing again is no slower than reading back, and elsewhere
-# as a share of the device's memory (or of a small device's, where none is there to ask).
-KEPT_ON_CPU, KEPT_SHARE, SMALL_DEVICE = 2**29, 1 / 4, 2**34
+# as a share of the device's memory.
+KEPT_ON_CPU, KEPT_SHARE = 2**29, 1 / 4
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -261,23 +263,20 @@ def block(
     return constrain(x + h, "batch", "seq", None), Kept(y, routes)
 
 
-def kept_products(spec: ModelSpec, dtype: Any) -> int:
+def kept_products(spec: ModelSpec, dtype: Any, platform: str) -> int:
     """Bytes of the residual stream and of all products with weights, of one token in all layers."""
     dense, sparse = spec.sparse.count(False), spec.sparse.count(True)
     numbers = spec.layers * (2 * spec.embed + (spec.heads + 2 * spec.kv_heads) * spec.head_dim)
     numbers += dense * (spec.embed + 2 * spec.mlp)
     if spec.experts:
-        numbers += sparse * experts.kept_products(spec.experts, spec.embed)
+        numbers += sparse * experts.kept_products(spec.experts, spec.embed, platform)
     return numbers * jnp.dtype(dtype).itemsize
 
 
-def fitting_remat(spec: ModelSpec, tokens: int, dtype: Any) -> Remat:
+def fitting_remat(spec: ModelSpec, tokens: int, dtype: Any, on: Target) -> Remat:
     """ "dots" where what it keeps of `tokens` on one device fits, else "full"."""
-    room = KEPT_ON_CPU
-    if jax.default_backend() != "cpu":
-        stats = jax.local_devices()[0].memory_stats() or {}
-        room = KEPT_SHARE * stats.get("bytes_limit", SMALL_DEVICE)
-    return "dots" if kept_products(spec, dtype) * tokens <= room else "full"
+    room = KEPT_ON_CPU if on.platform == "cpu" else KEPT_SHARE * target.memory(on)
+    return "dots" if kept_products(spec, dtype, on.platform) * tokens <= room else "full"
 
 
 def forward(
@@ -301,7 +300,7 @@ def forward(
     `inner`: keep what layer `inner` (from 0) leaves, before any norm; who reads that alone runs no layer above it.
     """
     if remat == "auto":
-        remat = fitting_remat(spec, tokens.size // ways("batch"), dtype)
+        remat = fitting_remat(spec, tokens.size // ways("batch"), dtype, target.current())
     x = embed(spec, params, tokens, dtype)
     cos, sin = rope(spec, positions, dtype)
     mixed = len(set(spec.windows)) > 1  # one window for all stays static

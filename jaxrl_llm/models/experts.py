@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.models.attention import accumulator
 from jaxrl_llm.models.spec import Experts
+from jaxrl_llm.sharding import target
 from jaxrl_llm.types import Params
 
 ROUTE = jnp.int16  # expert ids as they are recorded; -1 where there are none
@@ -51,7 +52,7 @@ def mix(
     replayed = None if replay is None else replay.reshape(-1, experts.per_token)
     chosen = choose(logits, experts.per_token, replayed)
     weight = gates(logits, chosen, experts.norm_topk).astype(x.dtype)
-    y = (one_by_one if _one_by_one() else by_groups)(p, flat, chosen, weight, act)
+    y = (one_by_one if _one_by_one(target.current().platform) else by_groups)(p, flat, chosen, weight, act)
     return y.reshape(x.shape), chosen.astype(ROUTE).reshape(*x.shape[:-1], -1)
 
 
@@ -85,11 +86,11 @@ def by_groups(
     return jnp.zeros_like(x).at[token].add(out)
 
 
-def kept_products(experts: Experts, embed: int) -> int:
+def kept_products(experts: Experts, embed: int, platform: str) -> int:
     """Numbers of one token that matrix products with weights make in a sparse layer: the router's logits and, where they
     run one by one, every expert's."""
-    return experts.count + (experts.count * (2 * experts.mlp + embed) if _one_by_one() else 0)
+    return experts.count + (experts.count * (2 * experts.mlp + embed) if _one_by_one(platform) else 0)
 
 
-def _one_by_one() -> bool:
-    return jax.default_backend() == "cpu"
+def _one_by_one(platform: str) -> bool:
+    return platform == "cpu"

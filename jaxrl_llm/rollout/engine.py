@@ -27,6 +27,7 @@ from jaxrl_llm.rollout.results import Results
 from jaxrl_llm.rollout.rows import Completion
 from jaxrl_llm.rollout.sampling import Sampling, item_keys
 from jaxrl_llm.rollout.stops import stop_table
+from jaxrl_llm.sharding import target
 from jaxrl_llm.sharding.rules import partition
 from jaxrl_llm.types import Params
 
@@ -203,7 +204,7 @@ class Engine:
         Lanes are shared where a step reads more of contexts than of own tokens. There are twice as many as full ones
         would do, so that stragglers seldom keep an idle slot from the queue (measured: 2 against 3, 4 and 8).
         """
-        size = -(-self.slots // self._shards) if self.slots else most_slots(self.mesh.devices.flat[0].platform)
+        size = -(-self.slots // self._shards) if self.slots else most_slots(target.of(self.mesh).platform)
         if self.batch_invariant:
             return size, (size, 1)
         size = min(size, _power(items))
@@ -323,7 +324,7 @@ class Engine:
             "layers": [jax.tree.map(lambda s: PartitionSpec(*s[1:]), p) for p in one_by_one],
         }
         weights = jax.tree.map(lambda s: NamedSharding(self.mesh, s), weights)
-        quick = partial(jax.jit, compiler_options=quickly())
+        quick = partial(jax.jit, compiler_options=quickly(target.of(self.mesh).platform))
         self._prepare = quick(counted(partial(decode.prepare, spec, settings.dtype), "prepare"), out_shardings=weights)
         once = (self._shard, self._everywhere)
         self._prefill = jax.jit(counted(prefill, "prefill"), static_argnums=0, out_shardings=once)

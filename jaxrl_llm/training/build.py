@@ -15,7 +15,7 @@ from jaxrl_llm.models import decoder, hf
 from jaxrl_llm.models.spec import ModelSpec, from_hf
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.sharding import mesh as meshes
-from jaxrl_llm.sharding import rules
+from jaxrl_llm.sharding import rules, target
 from jaxrl_llm.tasks.text import Text, load_text
 from jaxrl_llm.types import Params
 
@@ -47,7 +47,11 @@ def model(config: Config, on: Mesh, words: Text) -> Model:
     spec = from_hf(keys)
     shapes = decoder.abstract(spec, dtype)
     layout = rules.shardings(decoder.logical_axes(spec), shapes, on)
-    init = jax.jit(lambda key: decoder.init(spec, key, dtype), out_shardings=layout, compiler_options=quickly())
+    init = jax.jit(
+        lambda key: decoder.init(spec, key, dtype),
+        out_shardings=layout,
+        compiler_options=quickly(target.of(on).platform),
+    )
     # Threefry would take three times as long to compile, most of the time to a first update.
     return Model(spec, init(jax.random.key(config.run.seed, impl="rbg")))
 

@@ -94,7 +94,9 @@ def _run(made: Parts, params: Params, run: RunDir, stop: Stop, progress: Progres
             params = warm
         learner = Learner(config, made.spec, alg, made.mesh)
         learner.init(params, guide=made.guide)
-        training = Training(alg, learner, jax.jit(alg.credit, compiler_options=quickly()), on_rows=on_rows)
+        training = Training(
+            alg, learner, jax.jit(alg.credit, compiler_options=quickly(jax.default_backend())), on_rows=on_rows
+        )
         training.ahead = compile_ahead(made, training, state)
         if fresh:
             writers = Writers(run.path)

@@ -15,8 +15,9 @@ from jaxrl_llm.models import critic, decoder, hf
 from jaxrl_llm.models.scorers import CHUNK_ELEMENTS
 from jaxrl_llm.models.spec import ModelSpec, from_hf
 from jaxrl_llm.rollout.engine import most_slots
-from jaxrl_llm.sharding import rules
+from jaxrl_llm.sharding import rules, target
 from jaxrl_llm.sharding.mesh import AXES, shape_over
+from jaxrl_llm.sharding.target import Target
 from jaxrl_llm.tasks.text import load_text
 from jaxrl_llm.training import layouts
 from jaxrl_llm.training.layouts import Layout
@@ -25,6 +26,7 @@ from jaxrl_llm.training.layouts import Layout
 class Step(NamedTuple):
     """Numbers of one training step."""
 
+    on: Target
     spec: ModelSpec
     alg: Algorithm
     mesh: dict[str, int]
@@ -82,8 +84,10 @@ def describe(config: Config, devices: int | None = None) -> str:
     )
 
 
-def make(config: Config, devices: int) -> Step:
-    """The numbers of a step on this many devices. Raises ValueError when the mesh does not fit them."""
+def make(config: Config, devices: int, on: Target | None = None) -> Step:
+    """The numbers of a step on this many devices, by default of this process's kind. Raises ValueError when the mesh does
+    not fit them."""
+    on = on or target.own()
     sizes: dict[str, int] = {axis: n for axis, n in zip(AXES, shape_over(config.mesh, devices))}
     if math.prod(sizes.values()) > devices:
         raise ValueError(f"mesh: {sizes} needs {math.prod(sizes.values())} devices, there are {devices}")
@@ -99,7 +103,7 @@ def make(config: Config, devices: int) -> Step:
         l.layout,
         rows=per_update,
         microbatch_rows=l.microbatch_rows,
-        most=layouts.most_rows(r.max_new, alg.couples, jax.default_backend()),
+        most=layouts.most_rows(r.max_new, alg.couples, on.platform),
         context=r.max_prompt,
         completion=r.max_new,
         group_size=group_size,
@@ -107,7 +111,7 @@ def make(config: Config, devices: int) -> Step:
     )
     microbatches = -(-per_update // (layout.sequences * layout.slots))
     trees = _trees(config, spec, alg)
-    step = Step(spec, alg, sizes, group_size, rows, per_update, layout, microbatches, {}, {})
+    step = Step(on, spec, alg, sizes, group_size, rows, per_update, layout, microbatches, {}, {})
     return step._replace(
         parameters={
             label: sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) for label, (tree, _) in trees.items()
@@ -178,7 +182,7 @@ def _decode_dtype(config: Config) -> str:
 
 def _slots(config: Config, step: Step) -> int:
     shards = math.prod(step.mesh[a] for a in rules.RULES["batch"])
-    return config.rollout.slots or min(step.rows, shards * most_slots(jax.default_backend()))
+    return config.rollout.slots or min(step.rows, shards * most_slots(step.on.platform))
 
 
 def _cache_bytes(config: Config, step: Step) -> int:
@@ -196,7 +200,7 @@ def _activation_bytes(config: Config, step: Step) -> int:
     item = jnp.dtype(config.model.dtype).itemsize
     d, q, kv = spec.embed, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     mlp = max([spec.mlp] * (False in spec.sparse) + ([spec.experts.count * spec.experts.mlp] if spec.experts else []))
-    stream, products = spec.layers * d * item, decoder.kept_products(spec, config.model.dtype)
+    stream, products = spec.layers * d * item, decoder.kept_products(spec, config.model.dtype, step.on.platform)
     scores = 2 * spec.heads * layout.length * max(item, 4)
     rest = (8 * d + 5 * q + 4 * kv + 3 * mlp) * item + scores  # norms, rotations, gates
     everything = products + spec.layers * rest
@@ -204,7 +208,7 @@ def _activation_bytes(config: Config, step: Step) -> int:
     tokens = layout.sequences * layout.length // shards
     remat = config.model.remat
     if remat == "auto":
-        remat = decoder.fitting_remat(spec, tokens, config.model.dtype)
+        remat = decoder.fitting_remat(spec, tokens, config.model.dtype, step.on)
     kept = {"none": everything, "dots": products, "full": stream}[remat]
     once = 0 if remat == "none" else everything // spec.layers
     scored = layout.sequences * layout.slots * layout.completion // shards

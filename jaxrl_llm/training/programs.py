@@ -53,7 +53,7 @@ def make(
 ) -> Programs:
     """The programs of one run; optimizers, rates and shapes by label, `place` the shardings of its train state."""
     everywhere, params = model.everywhere, place.params
-    quick = partial(jax.jit, compiler_options=quickly())
+    quick = partial(jax.jit, compiler_options=quickly(next(iter(everywhere.device_set)).platform))
     small = partial(quick, out_shardings=everywhere)
     pull, fused = partial(gradients.pull, model), partial(gradients.fused, model, alg)
     return Programs(
