@@ -101,7 +101,7 @@ class FileTask(Section):
     )
     reward: str = described(
         "math",
-        "math, exact, preferred, letter:<c>, entities, grounding, text_entropy, or module:function taking "
+        "math, exact, code, preferred, letter:<c>, entities, grounding, text_entropy, or module:function taking "
         "(completion, record)",
     )
     reward_options: dict[str, Any] = described({}, "options of the reward")
@@ -121,8 +121,8 @@ Task = Annotated[GymTask | FileTask | CustomTask, Field(discriminator="kind")]
 class RewardPart(Section):
     reward: str = described(
         ...,
-        "math, exact, letter:<c>, entities, grounding:<measure>, text_entropy, judge, length_penalty, or module:function "
-        "taking (completion, record)",
+        "math, exact, code, letter:<c>, entities, grounding:<measure>, text_entropy, judge, length_penalty, or "
+        "module:function taking (completion, record)",
     )
     weight: float = described(1.0, "factor of this part in the total reward")
     options: dict[str, Any] = described({}, "options of the part")

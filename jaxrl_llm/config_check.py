@@ -106,6 +106,17 @@ def _rewards(config: Config) -> None:
         )
 
 
+    task = config.task
+    programs = [("task.reward_options", task.reward_options)] if isinstance(task, FileTask) and task.reward == "code" else []
+    programs += [(f"rewards.parts.{i}.options", p.options) for i, p in enumerate(r.parts) if p.reward == "code"]
+    for key, options in programs:
+        from jaxrl_llm.tasks.code import limits_of
+
+        seconds = limits_of(options).seconds
+        if seconds >= r.timeout:  # a program without end is wrong; one that loses its worker would be unscored
+            raise ValueError(f"{key}.seconds={seconds:g}: expected less than rewards.timeout={r.timeout:g}")
+
+
 def _batch(config: Config) -> None:
     r, l = config.rollout, config.learner
     rows = r.prompts * r.group_size

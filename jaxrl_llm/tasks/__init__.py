@@ -28,6 +28,15 @@ def load(
     names = [p.name for p in parts]
     if len(set(names)) < len(names):
         raise ValueError(f"rewards.parts: {names} name a part twice, expected different ones")
+    programs = [p for p in parts if p.spec == "code"]
+    if programs:
+        from jaxrl_llm.tasks import code
+
+        for name, records in (("train", loaded.train), ("eval", loaded.eval)):
+            for i, record in enumerate(records):
+                code.check_problem(record, f"task: {name} problem {i + 1}")
+        for part in programs:  # a machine without a sandbox is found out now, not after the first rollout
+            code.code(**part.options)
     return loaded._replace(rewards=parts)
 
 

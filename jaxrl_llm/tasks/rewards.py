@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from jaxrl_llm.tasks import bleu, grounding, spans, transcripts
+from jaxrl_llm.tasks import bleu, code, grounding, spans, transcripts
 from jaxrl_llm.tasks.base import Record, RewardFn, import_function
 
 
 def resolve(spec: str, options: Mapping[str, Any] | None = None) -> RewardFn:
-    """The reward a string names: math, exact, preferred, gym, letter:<c>, bleu, answer_format, span_iou, entities,
+    """The reward a string names: math, exact, code, preferred, gym, letter:<c>, bleu, answer_format, span_iou, entities,
     grounding (or grounding:<measure>), text_entropy, length_penalty, overlong, or module:function.
 
     `options` are keyword arguments: of the built-in below, or given to the user's function after (completion, record).
@@ -32,8 +32,8 @@ def resolve(spec: str, options: Mapping[str, Any] | None = None) -> RewardFn:
     built_in = BUILT_IN.get(kind)
     if built_in is None:
         raise ValueError(
-            f"reward: {spec!r}, expected math, exact, preferred, gym, letter:<c>, bleu, answer_format, span_iou, entities, "
-            "grounding, text_entropy, judge, length_penalty, overlong or module:function"
+            f"reward: {spec!r}, expected math, exact, code, preferred, gym, letter:<c>, bleu, answer_format, span_iou, "
+            "entities, grounding, text_entropy, judge, length_penalty, overlong or module:function"
         )
     try:
         return built_in(**options)
@@ -143,6 +143,7 @@ def gym(answer_pattern: str | None = None) -> RewardFn:
 BUILT_IN = {
     "math": math,
     "exact": exact,
+    "code": code.code,
     "gym": gym,
     "bleu": bleu.reward,
     "answer_format": bleu.answer_format,
