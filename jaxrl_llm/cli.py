@@ -5,6 +5,8 @@ import json
 import sys
 from collections.abc import Sequence
 
+from jaxrl_llm.redaction import redact
+
 CONFIG_HELP = "YAML files, later ones over earlier ones, then overrides such as rollout.group_size=8"
 RUN_HELP = "a run directory, or YAML files; then overrides such as eval.size=64"
 
@@ -25,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if args.traceback:
             raise
-        print(f"jaxrl_llm {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"jaxrl_llm {args.command}: {redact(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if args.traceback or (error.name or "").startswith("jaxrl_llm"):

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from jaxrl_llm import redaction
 from jaxrl_llm.config import Config, FileTask, GymTask
 
 FLAT_EXTRAS = ("prompt_id",)  # row data that `rollout.collectors.flat` gives every method
@@ -20,6 +21,7 @@ FLAT_EXTRAS = ("prompt_id",)  # row data that `rollout.collectors.flat` gives ev
 
 def check(config: Config) -> None:
     """Everything that can be said without importing jax; the method's section is `check_method`."""
+    redaction.check(config.model_dump(mode="json"))
     _model(config)
     _tokenizer(config)
     _task(config)

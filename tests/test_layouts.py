@@ -130,13 +130,34 @@ def test_a_fitted_layout_holds_its_rows_and_no_more_than_it_must():
     n = len(lengths)
     rows = HostRows(np.zeros((2, 16), int), np.array([5, 7]), prompt, np.zeros((n, 8), int), lengths, np.arange(n))
     assert layouts.fit(whole, rows) == Layout("shared", 2, 8, 8, 2), "3 + 3 + 2 tokens share the second slot"
-    assert layouts.fit(whole._replace(slots=1), rows).sequences == 3
     assert layouts.fit(whole, rows, shards=4).sequences == 4
     assert layouts.fit(whole, rows._replace(length=np.minimum(lengths, 2))) == Layout("shared", 2, 8, 2, 4)
     assert layouts.fit(whole._replace(name="padded", slots=1), rows) == Layout("padded", 4, 8, 8)
     assert layouts.fit(whole, rows._replace(length=lengths * 0)) == whole
     pieces, _ = arrange(layouts.fit(whole, rows), rows)
     assert len(pieces) == 1 and np.count_nonzero(pieces[0].slot < n * 8) == lengths.sum()
+    alone = whole._replace(slots=1)
+    assert layouts.fit(alone, rows).sequences == 2, "three sequences in two pieces of a third of the tokens"
+    assert layouts.fit(alone, rows, whole=True).sequences == 3
+
+
+def test_rows_of_any_lengths_meet_three_shapes():
+    whole, rng, n = Layout("shared", 2, 64, 128, 8), np.random.default_rng(0), 32
+    rows = HostRows(
+        np.zeros((4, 64), int), np.full(4, 64), np.repeat(np.arange(4), 8), np.zeros((n, 128), int), None, np.arange(n)
+    )
+    met = {}
+    for spread in np.repeat([0.005, 0.02, 0.05], 20):
+        length = np.minimum(rng.geometric(spread, n), 128)
+        length[0] = 128
+        batch = rows._replace(length=length)
+        fitted = layouts.fit(whole, batch, shards=2)
+        pieces, _ = arrange(fitted, batch)
+        met[fitted] = max(met.get(fitted, 0), len(pieces))
+        assert fitted.sequences * fitted.length <= whole.sequences * whole.length and fitted.sequences % 2 == 0
+        assert sum(np.count_nonzero(piece.slot < n * 128) for piece in pieces) == length.sum()
+    assert {fitted.slots for fitted in met} == {8, 4, 2} and len(met) == 3
+    assert max(met.values()) > 2, "what differs is how many pieces run"
 
 
 @pytest.mark.parametrize("name", ["padded", "shared"])
@@ -144,6 +165,6 @@ def test_the_gradient_does_not_depend_on_how_tightly_rows_are_fitted(name, x64, 
     short = rollouts(dtype=np.float64)
     short = short.with_(length=np.minimum(short.length, T // 2), mask=short.mask & (np.arange(T) < T // 2))
     fitted, _ = gradient(short, COUPLED, layout=name)
-    monkeypatch.setattr(layouts, "fit", lambda layout, rows, shards: layout)
+    monkeypatch.setattr(layouts, "fit", lambda layout, rows, shards, whole: layout)
     loose, _ = gradient(short, COUPLED, layout=name)
     assert_close(fitted, loose, 1e-10)

@@ -68,10 +68,11 @@ def test_a_split_coupled_loss_is_another_loss(x64):
 
 def test_single_microbatches_and_known_views_skip_the_extra_forward():
     rows = rollouts()
-    made = learner(algorithm(), learner={"route": "joint"})
+    alg = algorithm(couples="minibatch")
+    made = learner(alg, learner={"route": "joint"})
     made.step(COUPLED, rows, credit(rows))
     after = jax.device_get(made.train.params)
-    made.init(jax.device_get(learner().train.params["policy"]))
+    made = learner(alg, learner={"route": "joint"})
     current = made.views(rows, ("logp", "entropy"))
     whole = made._run
     made._run = whole._replace(score=None)  # a forward without gradient would raise from here on
@@ -80,7 +81,7 @@ def test_single_microbatches_and_known_views_skip_the_extra_forward():
         assert_close(jax.device_get(made.train.params), after, 1e-6)
     finally:
         made._run = whole
-    made = learner()
+    made = learner(alg)
     made.step(COUPLED, rows, credit(rows))
     assert_close(jax.device_get(made.train.params), after, 1e-6)
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxrl_llm.models import decoder
@@ -207,9 +207,14 @@ class _Files:
 
     def _file(self, name: str) -> Any:
         if name not in self.open:
+            if Path(name).name != name:
+                raise ValueError(f"{self.path}: {INDEX} names {name!r}, expected files beside it")
             if not (self.path / name).exists():
                 raise ValueError(f"{self.path}: no {name}, which {INDEX} names")
-            self.open[name] = safe_open(self.path / name, framework="numpy")
+            try:
+                self.open[name] = safe_open(self.path / name, framework="numpy")
+            except SafetensorError as error:
+                raise ValueError(f"{self.path / name}: damaged, expected a safetensors file: {error}") from None
         return self.open[name]
 
     def _slice(self, name: str) -> Any:

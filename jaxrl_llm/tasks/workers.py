@@ -21,6 +21,7 @@ from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
+from jaxrl_llm.redaction import redact
 from jaxrl_llm.tasks.base import Record, RewardSpec
 from jaxrl_llm.tasks.judge import Judge, JudgeError
 from jaxrl_llm.tasks.rewards import resolve
@@ -234,9 +235,8 @@ class Scorer:
             first = (name, cause) not in self._seen
             self._seen.add((name, cause))
         if first:
-            log.warning(
-                "reward %s: %s: %s; the row is unscored (said once, counted always)", name, cause, reply["detail"]
-            )
+            why = redact(reply["detail"])
+            log.warning("reward %s: %s: %s; the row is unscored (said once, counted always)", name, cause, why)
         return None
 
     def _start(self) -> "_Worker | None":

@@ -130,10 +130,15 @@ def most_rows(completion: int, couples: str, platform: str) -> int | None:
     return max(2048 // completion, 1) if platform == "cpu" and couples == "row" else None
 
 
-def fit(layout: Layout, rows: HostRows, shards: int = 1) -> Layout:
-    """The layout cut down to what these rows need, in steps of about two, so that a run meets few and compiles few.
+def fit(layout: Layout, rows: HostRows, shards: int = 1, whole: bool = False) -> Layout:
+    """The layout cut down to what these rows need, from a few choices, so that a run meets few shapes and compiles few.
 
     A piece never has more tokens than one of `layout`. Packed sequences keep their length: it is room, not padding.
+    Room for contexts and completions is halved while all fit. Shared sequences keep their slots, or have half or a
+    quarter of them, where completions are short enough to share slots, in pieces of a third of the tokens: how many
+    pieces run depends on the rows, what a piece looks like only on the choice.
+
+    whole: one piece is worth more than few tokens, as the loss couples rows: as many sequences as these rows need.
     """
     run = np.flatnonzero(rows.length > 0)
     if layout.name == "packed" or not len(run):
@@ -145,14 +150,18 @@ def fit(layout: Layout, rows: HostRows, shards: int = 1) -> Layout:
         return small
     needed = np.array([place.max() + 1 for _, place, _ in _by_context(rows, run, completion)])  # slots of each context
 
-    def cut(slots: int) -> Layout:
-        return small._replace(slots=slots, sequences=_step(np.sum(-(-needed // slots))))
+    def cut(slots: int, share: int) -> tuple[int, Layout]:
+        """How many tokens are executed in pieces of 1/share of the layout's, and such a piece."""
+        tokens = context + slots * completion
+        need = int(np.sum(-(-needed // slots)))
+        most = _step(need) if whole else -(-len(rows.length) // slots)
+        room = max(layout.sequences * layout.length // (share * tokens * shards), 1) * shards
+        pieces = -(-most // room)
+        sequences = -(-most // (pieces * shards)) * shards  # no more than `room`, which is a multiple of shards
+        return -(-need // sequences) * sequences * tokens, small._replace(slots=slots, sequences=sequences)
 
-    # Fewer slots than the longest group needs run its context again, and leave the others less room unused.
-    slots = {min(layout.slots, _step(n)) for n in range(1, needed.max() + 1)}
-    best = min(map(cut, sorted(slots, reverse=True)), key=lambda c: c.sequences * c.length)
-    some = min(best.sequences, layout.sequences * layout.length // best.length)
-    return best._replace(sequences=max(some // shards, 1) * shards)
+    fewer = [max(layout.slots // n, 1) for n in (2, 4)]
+    return min(cut(layout.slots, 1), *(cut(slots, 1 if whole else 3) for slots in fewer), key=lambda choice: choice[0])[1]
 
 
 def _halved(room: int, need: int) -> int:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from jaxrl_llm.redaction import redact
+
 CONFIG, ABOUT, LOCK = "config.yaml", "about.jsonl", "lock"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers", "tokenizers")
 
@@ -90,7 +92,7 @@ def about() -> dict[str, Any]:
             versions[name] = "absent"
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "argv": sys.argv,
+        "argv": [redact(word) for word in sys.argv],
         "pid": os.getpid(),
         "processes": jax.process_count(),
         "devices": [d.device_kind for d in jax.devices()],
