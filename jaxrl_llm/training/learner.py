@@ -408,7 +408,7 @@ class Learner:
             shards=self.shards,
         )
         if self.model.plug_in is None:
-            layout = layouts.fit(layout, host, self.shards)
+            layout = layouts.fit(layout, host, self.shards, whole=self.alg.couples != "row")
             pieces, piece_of = layouts.arrange(layout, host)
         else:
             pieces, piece_of = layouts.arrange_rows(layout.sequences * layout.slots, host)
