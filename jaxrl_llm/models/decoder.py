@@ -33,7 +33,7 @@ DENSE, EXPERTS = ("gate", "up", "down"), "experts"  # parameters of layers witho
 ACTIVATIONS = {SILU: jax.nn.silu}
 # What "auto" lets the backward pass keep on a CPU, where computing again is no slower than reading back, and elsewhere
 # as a share of the device's memory.
-KEPT_ON_CPU, KEPT_SHARE = 2**29, 1 / 4
+KEPT_ON_CPU, KEPT_SHARE = 2**28, 1 / 4
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
