@@ -3,7 +3,11 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxrl_llm.config import Config
 
 from jaxrl_llm.redaction import redact
 
@@ -169,38 +173,53 @@ def _load(words: Sequence[str]):
     return config_load.load(*split(words))
 
 
-def _load_to_run(words: Sequence[str], model: str | None = None):
-    """The config of a command that computes, with JAX told where to keep compiled programs; `model` replaces the config's."""
-    from jaxrl_llm import compile_cache
+def _run(words: Sequence[str], work: Callable[["Config"], int], model: str | None = None) -> int:
+    """`work` on a config, in all its processes; the exit code. `model` replaces the config's.
+
+    JAX is told where to keep compiled programs, and the processes meet, before anything is computed, which the checks of a
+    method do.
+    """
+    from jaxrl_llm import compile_cache, config_check, config_load
 
     instead = [f"model.path={json.dumps(model)}", "model.spec=null"] if model else []
-    config = _load([*words, *instead])
+    config = config_load.load_unchecked(*split([*words, *instead]))
+    config_check.check(config)
     compile_cache.use(config.run.compile_cache)
-    return config
+    from jaxrl_llm.sharding import processes
+
+    return processes.run(config.distributed, lambda: work(config_check.check_method(config)))
 
 
 def _train(args: argparse.Namespace) -> int:
-    config = _load_to_run(args.config)
-    from jaxrl_llm.training import loop
+    def train(config: "Config") -> int:
+        from jaxrl_llm.training import loop
 
-    return loop.train(config)
+        return loop.train(config)
+
+    return _run(args.config, train)
 
 
 def _eval(args: argparse.Namespace) -> int:
-    config = _load_to_run(args.config, args.model)
-    from jaxrl_llm.training import evaluate
+    def evaluate_(config: "Config") -> int:
+        from jaxrl_llm.training import evaluate
 
-    evaluate.run(config, args.model)
-    return 0
+        evaluate.run(config, args.model)
+        return 0
+
+    return _run(args.config, evaluate_, args.model)
 
 
 def _sample(args: argparse.Namespace) -> int:
-    config = _load_to_run(args.config, args.model)
-    from jaxrl_llm.training import sample
+    def sample_(config: "Config") -> int:
+        from jaxrl_llm.sharding import processes
+        from jaxrl_llm.training import sample
 
-    for text in sample.run(config, args.prompt, n=args.n, path=args.model, greedy=args.greedy):
-        print(text)
-    return 0
+        texts = sample.run(config, args.prompt, n=args.n, path=args.model, greedy=args.greedy)
+        for text in texts if processes.lead() else ():
+            print(text)
+        return 0
+
+    return _run(args.config, sample_, args.model)
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -258,6 +258,20 @@ class Mesh(Section):
     sp: int = described(1, "sequence parallel", ge=-1)
 
 
+class Distributed(Section):
+    coordinator: str | None = described(
+        None,
+        "HOST:PORT of process 0; auto: as the environment of a TPU, GKE, Slurm or Open MPI says; none: a single process",
+    )
+    processes: int | None = described(None, "number of processes; none with auto", ge=1)
+    process: int | None = described(None, "number of this process, from 0; none with auto", ge=0)
+    start_timeout: int = described(300, "seconds in which all processes must have started", ge=1)
+    heartbeat_timeout: int = described(100, "seconds without a sign of life after which a process is dead", ge=1)
+    wait_timeout: float = described(
+        1800.0, "seconds a process waits on the host for another one, such as for rewards; the run ends then", gt=0
+    )
+
+
 class Config(Section):
     run: Run = Run()
     model: Model = Model()
@@ -275,3 +289,4 @@ class Config(Section):
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     mesh: Mesh = Mesh()
+    distributed: Distributed = Distributed()

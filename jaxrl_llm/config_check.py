@@ -31,6 +31,7 @@ def check(config: Config) -> None:
     _lengths(config)
     _evaluation(config)
     _mesh(config)
+    _distributed(config)
 
 
 def model_json(config: Config) -> dict[str, Any]:
@@ -107,9 +108,10 @@ def _rewards(config: Config) -> None:
             f"expected less than rollout.max_new={config.rollout.max_new}"
         )
 
-
     task = config.task
-    programs = [("task.reward_options", task.reward_options)] if isinstance(task, FileTask) and task.reward == "code" else []
+    programs = (
+        [("task.reward_options", task.reward_options)] if isinstance(task, FileTask) and task.reward == "code" else []
+    )
     programs += [(f"rewards.parts.{i}.options", p.options) for i, p in enumerate(r.parts) if p.reward == "code"]
     for key, options in programs:
         from jaxrl_llm.tasks.code import limits_of
@@ -195,6 +197,30 @@ def _mesh(config: Config) -> None:
         raise ValueError(
             f"mesh.{axis}={sizes[axis]}: dp × fsdp = {shards} shards for the {rows} rows of a minibatch, expected at "
             f"most {rows}"
+        )
+
+
+def _distributed(config: Config) -> None:
+    d = config.distributed
+    given = [name for name in ("processes", "process") if getattr(d, name) is not None]
+    if d.coordinator is None or d.coordinator == "auto":
+        if given:
+            where = "is not set" if d.coordinator is None else "finds them itself"
+            raise ValueError(
+                f"distributed.{given[0]}={getattr(d, given[0])}: distributed.coordinator {where}, expected HOST:PORT there"
+            )
+        return
+    host, _, port = d.coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"distributed.coordinator={d.coordinator!r}: expected HOST:PORT of process 0, or auto")
+    for name in ("processes", "process"):
+        if name not in given:
+            raise ValueError(
+                f"distributed.{name}: missing, expected a number with distributed.coordinator={d.coordinator}"
+            )
+    if d.process is not None and d.processes is not None and d.process >= d.processes:
+        raise ValueError(
+            f"distributed.process={d.process}: with distributed.processes={d.processes}, expected 0 to {d.processes - 1}"
         )
 
 

@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 
 from jaxrl_llm.models import decoder
 from jaxrl_llm.models.spec import ModelSpec, eos_ids, from_hf, to_hf
+from jaxrl_llm.sharding import processes
 from jaxrl_llm.sharding.rules import shardings
 from jaxrl_llm.types import Params
 
@@ -147,8 +148,8 @@ def load(path: str | Path, *, mesh: Mesh | None = None, dtype: Any = jnp.float32
 def save(path: str | Path, spec: ModelSpec, params: Params, tokenizer_dir: str | Path | None = None) -> None:
     """Write a directory that `transformers` and `load` read: the exact inverse of `load`, in the dtype of `params`.
 
-    Files of at most 5 GB, with an index when there are several; tokenizer files are copied from `tokenizer_dir`. An
-    earlier export of the same model is replaced.
+    Of several processes all take part, and the first writes. Files of at most 5 GB, with an index when there are several;
+    tokenizer files are copied from `tokenizer_dir`. An earlier export of the same model is replaced.
 
     Raises:
       ValueError: the directory holds weights in files of other names.
@@ -169,11 +170,21 @@ def save(path: str | Path, spec: ModelSpec, params: Params, tokenizer_dir: str |
         names = [WEIGHTS]
     else:
         names = [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
-    path.mkdir(parents=True, exist_ok=True)
-    if others := {f.name for f in path.glob("*.safetensors*")} - {*names, *([INDEX] if len(files) > 1 else [])}:
-        raise ValueError(f"{path}: holds {_some(others)}, expected a directory without other weights")
+
+    lead = processes.lead()
+    if lead:
+        path.mkdir(parents=True, exist_ok=True)
+        if others := {f.name for f in path.glob("*.safetensors*")} - {*names, *([INDEX] if len(files) > 1 else [])}:
+            raise ValueError(f"{path}: holds {_some(others)}, expected a directory without other weights")
     for name, group in zip(names, files):
-        save_file({t.name: _to_disk(t, params) for t in group}, path / name, metadata={"format": "pt"})
+        content = {}
+        for t in group:
+            x = _to_disk(t, params)
+            content |= {t.name: x} if lead else {}
+        if lead:
+            save_file(content, path / name, metadata={"format": "pt"})
+    if not lead:
+        return
     if len(files) > 1:
         weight_map = {t.name: name for name, group in zip(names, files) for t in group}
         _write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -274,7 +285,7 @@ def _to_disk(t: Tensor, params: Params) -> np.ndarray:
     if t.at:
         rest = x.shape[len(t.at) :]
         x = jax.lax.dynamic_slice(x, (*t.at, *[0] * len(rest)), (*[1] * len(t.at), *rest)).reshape(rest)
-    return np.ascontiguousarray(np.asarray(x).transpose(np.argsort(t.axes))).reshape(t.disk_shape)
+    return np.ascontiguousarray(processes.fetch(x).transpose(np.argsort(t.axes))).reshape(t.disk_shape)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,17 +15,20 @@ class Writers:
     """Appends to the files of a run.
 
     Args:
-      directory: the run directory.
+      directory: the run directory; None writes nothing (the processes of a run that leave that to the first).
       position: what `position()` said when the checkpoint that the run goes on from was saved; whatever was written after
         it is cut away. None for a new run.
     """
 
-    def __init__(self, directory: str | Path, position: Mapping[str, int] | None = None):
-        directory = Path(directory)
+    def __init__(self, directory: str | Path | None, position: Mapping[str, int] | None = None):
         position = position or {"metrics": 0, "samples": 0, "step": -1}
+        self._step, self._board = position["step"], None
+        if directory is None:
+            self._metrics = self._samples = Path(os.devnull).open("ab")  # noqa: SIM115 (`close` closes it)
+            return
+        directory = Path(directory)
         self._metrics = _open_at(directory / "metrics.jsonl", position["metrics"])
         self._samples = _open_at(directory / "samples.jsonl", position["samples"])
-        self._step = position["step"]
         # tensorboard hides events at and after `purge_step` that were written before this one.
         purge = None if self._step < 0 else self._step + 1
         board = directory / "tensorboard"
@@ -39,7 +43,7 @@ class Writers:
         self._metrics.flush()
         for name, value in line.items():
             if name != "step" and value is not None:
-                self._board.add("add_scalar", name, value, step)
+                self._show("add_scalar", name, value, step)
 
     def samples(self, step: int, samples: Sequence[Sample], tag: str = "samples") -> None:
         """Lines of samples.jsonl and one tensorboard text."""
@@ -48,19 +52,25 @@ class Writers:
             self._samples.write((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
         self._samples.flush()
         if samples:
-            self._board.add("add_text", tag, as_text(samples), step)
+            self._show("add_text", tag, as_text(samples), step)
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Tensorboard text, for the config and notes."""
-        self._board.add("add_text", tag, text, step)
+        self._show("add_text", tag, text, step)
 
     def position(self) -> dict[str, int]:
         """Where the files end now; goes into the checkpoint."""
         return {"metrics": self._metrics.tell(), "samples": self._samples.tell(), "step": self._step}
 
     def close(self) -> None:
-        for file in (self._metrics, self._samples, self._board):
-            file.close()
+        self._metrics.close()
+        self._samples.close()
+        if self._board:
+            self._board.close()
+
+    def _show(self, method: str, *args: Any) -> None:
+        if self._board:
+            self._board.add(method, *args)
 
 
 class _Board:

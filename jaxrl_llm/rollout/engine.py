@@ -28,6 +28,7 @@ from jaxrl_llm.rollout.rows import Completion
 from jaxrl_llm.rollout.sampling import Sampling, item_keys
 from jaxrl_llm.rollout.stops import stop_table
 from jaxrl_llm.sharding import target
+from jaxrl_llm.sharding.processes import put
 from jaxrl_llm.sharding.rules import partition
 from jaxrl_llm.types import Params
 
@@ -43,6 +44,11 @@ PerContext = float | Sequence[float] | None  # one number for all contexts, one 
 def most_slots(platform: str) -> int:
     """Rows decoded at once per shard when the caller leaves the choice. A CPU is busy with 32; more only wait longer."""
     return 32 if platform == "cpu" else 512
+
+
+def prefill_batch(contexts: int, columns: int) -> int:
+    """Contexts of so many tokens prefilled at once per shard."""
+    return _power(min(contexts, max(PREFILL_TOKENS // columns, 1)))
 
 
 class Engine:
@@ -108,7 +114,7 @@ class Engine:
             if pieces is None:
                 raise ValueError(f"rollout.stop: {list(stop_strings)} without the tokens' bytes, expected `pieces`")
             table = stop_table(stop_strings, _pad(pieces, spec.vocab))
-        self._stop_table = jax.device_put(table, self._everywhere)
+        self._stop_table = put(table, self._everywhere)
         # With tp the devices of a step communicate, and the compiler may let all of them take part.
         lockstep = SHARDED if mesh.shape["tp"] > 1 else ()
         self.settings = decode.Settings(
@@ -122,6 +128,7 @@ class Engine:
         The engine keeps a reference to `params` for prefill: give new ones before the old are donated away.
         """
         self._params, self.version = params, version
+        self._weights = None  # the old ones make room
         with jax.set_mesh(self.mesh):
             self._weights = self._prepare(params)
 
@@ -163,10 +170,10 @@ class Engine:
             keys = np.asarray(self._keys(seed, step, first_item + np.arange(_power(len(owner)), dtype=np.int32)))
             size, lanes = self._shape(contexts, owner, max(len(items) for items in shards))
             pool, queue, went = self._upload(contexts, owner, shards, lanes[1], keys, limits, sampling)
-            truncated = bool((sampling.top_k > 0).any() or (sampling.top_p < 1).any() or (sampling.min_p > 0).any())
+            truncated = _truncated(sampling)
             done = Results(len(owner), self.max_new, int(self.version or 0), on_finished, went)
             slots = self._idle(size, lanes, pool[0].v.shape[-2], queue)
-            self._loop(truncated, size, slots, pool, queue, shards, jax.device_put(hook_state, self._everywhere), done)
+            self._loop(truncated, size, slots, pool, queue, shards, put(hook_state, self._everywhere), done)
         self.stats = done.stats() | {"compilations": self.compilations, "contexts": len(contexts)}
         completions = iter(done.completions)
         return [[next(completions) for _ in range(k)] for k in n]  # type: ignore[misc]
@@ -214,8 +221,45 @@ class Engine:
             return size, (size, 1)
         return size, (min(size, 2 * -(-size // places)), places)
 
+    def lower(self, params: Params, contexts: int, n: int, hook_state: Any = ()) -> dict[str, jax.stages.Lowered]:
+        """The programs of a call with `n` completions of each of so many contexts of `max_prompt` tokens: "prepare" (of
+        `set_weights`), "prefill" and, while there is a queue, "decode".
+
+        params: shapes with shardings. Without weights or devices, but for stop strings, whose table is on them.
+        """
+        prompts, owner = [np.zeros(self.max_prompt, np.int32)] * contexts, np.repeat(np.arange(contexts), n)
+        limits, sampling = self._check(prompts, [n] * contexts, None, None, None, None, None)
+        shards = np.array_split(np.arange(len(owner)), self._shards)
+        size, lanes = self._shape(prompts, owner, max(len(items) for items in shards))
+        keys = np.zeros((len(owner), 2), np.uint32)
+        tokens, queue, batch, held = self._deal(prompts, owner, shards, lanes[1], keys, limits, sampling)
+
+        def shaped(tree: Any, sharding: Any) -> Any:
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+        counts, queue = (shaped(x, self._shard) for x in (np.zeros(self._shards, np.int32), queue))
+        with jax.set_mesh(self.mesh):
+            prepare = self._prepare.lower(params)
+            weights = jax.tree.map(shaped, jax.eval_shape(self._prepare, params), self._weight_shardings)
+            prefill = self._prefill.lower(batch, params, shaped(tokens, self._shard), held)
+            pool = shaped(prefill.out_info[0], self._shard)
+            idle = partial(self._idle, size, lanes, pool[0].v.shape[-2])
+            slots = shaped(jax.eval_shape(idle, queue), self._shard)
+            rest = self._stop_table, shaped(hook_state, self._everywhere), slots
+            decode_ = self._decode.lower(_truncated(sampling), weights, pool, queue, counts, 0, *rest)
+        return {"prepare": prepare, "prefill": prefill, "decode": decode_}
+
     def _upload(self, contexts, owner, shards, places, keys, limits, sampling) -> tuple[Any, decode.Job, Any]:
         """Prefilled contexts and queues, for every shard; and the recorded experts of each item's cached tokens, or None."""
+        tokens, queue, batch, held = self._deal(contexts, owner, shards, places, keys, limits, sampling)
+        pool, routes = self._prefill(batch, self._params, put(tokens, self._shard), held)
+        if routes is not None:
+            went, at = jax.device_get(routes), [(d, i) for d, items in enumerate(shards) for i in range(len(items))]
+            routes = [went[d, queue.context[d, i], : queue.length[d, i]] for d, i in at]
+        return pool, put(queue, self._shard), routes
+
+    def _deal(self, contexts, owner, shards, places, keys, limits, sampling) -> tuple[Any, decode.Job, int, int]:
+        """Contexts and queues of every shard on the host, how many contexts are prefilled at once, and of how many."""
         local = [np.unique(owner[items]) for items in shards]  # a group that straddles shards is prefilled in both
         rows = _power(max(len(c) for c in local))
         lengths: Any = np.array([len(c) - 1 for c in contexts], np.int32)  # of what is cached
@@ -243,19 +287,13 @@ class Engine:
             key=keys[pick],
             sampling=jax.tree.map(lambda x: x[whose], sampling),
         )
-        batch = min(rows, _power(max(PREFILL_TOKENS // columns, 1)))
-        held = max(len(c) for c in local)
-        pool, routes = self._prefill(batch, self._params, jax.device_put(tokens, self._shard), held)
-        if routes is not None:
-            went, places = jax.device_get(routes), [(d, i) for d, items in enumerate(shards) for i in range(len(items))]
-            routes = [went[d, context[d, i], : queue.length[d, i]] for d, i in places]
-        return pool, jax.device_put(queue, self._shard), routes
+        return tokens, queue, prefill_batch(rows, columns), max(len(c) for c in local)
 
     def _loop(self, truncated, size, slots, pool, queue, shards, hook_state, done: Results) -> None:
         """Decode until every shard has emptied its queue; sort logs into completions while the device goes on."""
         total = np.array([len(items) for items in shards], np.int32)
         first = np.array([items[0] if len(items) else 0 for items in shards])
-        counts, last = jax.device_put(total, self._shard), None
+        counts, last = put(total, self._shard), None
         while True:
             smaller = 0 if self.batch_invariant or size <= MIN_SLOTS else size // 2
             # Alone, a shard may stop as soon as half its slots suffice; with others it would only wait for them.
@@ -323,7 +361,7 @@ class Engine:
             "unembed": PartitionSpec(*layout["embed"][::-1]) if spec.tied else layout["unembed"],
             "layers": [jax.tree.map(lambda s: PartitionSpec(*s[1:]), p) for p in one_by_one],
         }
-        weights = jax.tree.map(lambda s: NamedSharding(self.mesh, s), weights)
+        self._weight_shardings = weights = jax.tree.map(lambda s: NamedSharding(self.mesh, s), weights)
         quick = partial(jax.jit, compiler_options=quickly(target.of(self.mesh).platform))
         self._prepare = quick(counted(partial(decode.prepare, spec, settings.dtype), "prepare"), out_shardings=weights)
         once = (self._shard, self._everywhere)
@@ -334,6 +372,11 @@ class Engine:
         self._decode = jax.jit(counted(decode_, "decode"), static_argnums=0, donate_argnums=8, out_shardings=out)
         self._compact = quick(counted(compact, "compact"), static_argnums=0)
         self._keys = quick(counted(item_keys, "item_keys"))
+
+
+def _truncated(sampling: Sampling) -> bool:
+    """Whether any item leaves out unlikely tokens."""
+    return bool((sampling.top_k > 0).any() or (sampling.top_p < 1).any() or (sampling.min_p > 0).any())
 
 
 def _power(n: int) -> int:

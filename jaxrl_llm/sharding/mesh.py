@@ -39,10 +39,11 @@ def shape_over(sizes: config.Mesh | None, devices: int) -> list[int]:
 def make_mesh(sizes: config.Mesh | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with axes dp, fsdp, tp, ep, sp over `devices` (all of them by default); None: one device.
 
-    A size of -1 takes the devices the others leave. Fewer devices than there are is allowed in a single process.
+    A size of -1 takes the devices the others leave. Fewer devices than there are is allowed in a single process. Where the
+    devices are in several slices, dp goes across them and the other axes stay inside.
 
     Raises:
-      ValueError: more than one -1, or sizes that do not fit the devices.
+      ValueError: more than one -1, or sizes that do not fit the devices or their slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = shape_over(sizes, len(devices))

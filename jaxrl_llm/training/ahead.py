@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxrl_llm.algorithms.base import Algorithm
 from jaxrl_llm.rollout.rows import Row
+from jaxrl_llm.sharding import processes
 from jaxrl_llm.tasks.base import Prompt
 from jaxrl_llm.training.learner import Learner
 from jaxrl_llm.types import Rollouts, State
@@ -24,9 +25,10 @@ logger = logging.getLogger(__name__)
 
 def start(learner: Learner, state: State, credit: Callable[..., Any], batch: Rollouts) -> Future[None] | None:
     """Begin to compile what credit and update need for batches like this one; None where that cannot be foreseen:
-    for methods that choose rows by what happened, update in their own way, or take the gradient in parts.
+    for methods that choose rows by what happened, update in their own way, or take the gradient in parts. Nor are several
+    processes served: a thread may not run what all devices must run in the same order.
     """
-    if learner.alg.select or learner.alg.update or learner.alg.rate:
+    if processes.count() > 1 or learner.alg.select or learner.alg.update or learner.alg.rate:
         return None
 
     def compile_() -> None:

@@ -15,7 +15,7 @@ from jaxrl_llm.models import decoder, hf
 from jaxrl_llm.models.spec import ModelSpec, from_hf
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.sharding import mesh as meshes
-from jaxrl_llm.sharding import rules, target
+from jaxrl_llm.sharding import processes, rules, target
 from jaxrl_llm.tasks.text import Text, load_text
 from jaxrl_llm.types import Params
 
@@ -99,6 +99,6 @@ def engine(
 
 
 def export(directory: Path, spec: ModelSpec, params: Params, words: Text) -> None:
-    """Write a Hugging Face directory with the tokenizer beside the weights."""
+    """Write a Hugging Face directory with the tokenizer beside the weights. All processes take part, the first writes."""
     hf.save(directory, spec, params)
-    words.save(directory)
+    processes.from_lead(lambda: words.save(directory), f"the tokenizer in {directory}")

@@ -2,13 +2,14 @@
 
 A checkpoint holds a pytree of device arrays (parameters, optimizer states, algorithm state) and the host's part (JSON
 values and nested dicts of numpy arrays). The arrays are stored by the name of their path in the tree, with shape, dtype
-and a fingerprint that does not depend on how they are sharded, so damage is noticed and another mesh can read them.
+and a fingerprint that does not depend on how they are sharded, so damage is noticed, and another mesh or another number
+of processes can read them. All processes save and restore together, in a directory that all of them see.
 """
 
 import contextlib
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jaxtyping import Array, UInt32
 
+from jaxrl_llm.sharding import processes
 from jaxrl_llm.training import host_state
 from jaxrl_llm.types import Memory
 
@@ -37,8 +40,8 @@ class Checkpoints:
     """Checkpoints of one run in `directory`, written in the background.
 
     Args:
-      directory: where steps are kept; created when missing. Only one process (per host) may use it at a time: leftovers
-        of interrupted saves are removed here.
+      directory: where steps are kept; created when missing. Only one run may use it at a time: leftovers of interrupted
+        saves are removed here.
       keep: how many of the latest steps to keep.
       keep_best: keep the step with the highest `score` as well.
     """
@@ -53,8 +56,12 @@ class Checkpoints:
                 self._retention.scores[step] = self._score(step)
 
     def steps(self) -> list[int]:
-        """Steps that are whole on disk, ascending."""
+        """Steps that are whole on disk, ascending, as this process sees it."""
         return sorted(self._manager.all_steps())
+
+    def empty(self) -> bool:
+        """Whether there is no step to go on from; all processes get the same answer."""
+        return not self._agreed_steps()
 
     def save(
         self,
@@ -79,7 +86,7 @@ class Checkpoints:
         self.wait()
         if step in self._manager.all_steps():
             return False
-        arrays = named_leaves(tree)
+        arrays = {name: _shared(x) for name, x in named_leaves(tree).items()}
         score = None if score is None else float(score)
         content = host_state.encode({"leaves": _manifest(arrays), "host": host, "memory": memory, "score": score})
         stored = {name: x for name, x in arrays.items() if x.size} or {"empty": jnp.zeros(1)}
@@ -104,15 +111,12 @@ class Checkpoints:
         steps exist but none is whole, ValueError when the saved tree has other leaves than `abstract_tree`.
         """
         self.wait()
-        steps = self.steps()[::-1]
+        steps = self._agreed_steps()[::-1]
         reasons = []
         for step in steps:
-            try:
-                found = self._restore(step, abstract_tree)
-            except Mismatch:
-                raise
-            except Exception as e:  # whatever a damaged file makes orbax, tensorstore or zipfile raise
-                reasons.append(_one_line(e))
+            found, reason = self._try(step, abstract_tree)
+            if found is None:
+                reasons.append(reason)
             else:
                 for damaged, reason in zip(steps, reasons):
                     warnings.warn(
@@ -144,26 +148,43 @@ class Checkpoints:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _restore(self, step: int, abstract_tree: Tree) -> tuple[int, Tree, dict[str, Any], Memory]:
-        content = host_state.decode(
-            self._manager.restore(step, args=ocp.args.Composite(host=host_state.Restore()))["host"]
-        )
-        targets, treedef = jax.tree.flatten(abstract_tree)
-        named = dict(zip(_names(abstract_tree), targets))
+    def _agreed_steps(self) -> list[int]:
+        return processes.from_lead(self.steps, f"the steps in {self.directory}")
+
+    def _try(self, step: int, abstract_tree: Tree) -> tuple[tuple[int, Tree, dict[str, Any], Memory] | None, str]:
+        """What step `step` holds, or None and the reason; None on all processes when one of them cannot read it."""
+        named = dict(zip(_names(abstract_tree), jax.tree.leaves(abstract_tree)))
+        read, reason = None, ""
+        try:
+            read = self._read(step, named)
+        except Mismatch:
+            raise
+        except Exception as e:  # whatever a damaged file makes orbax, tensorstore or zipfile raise
+            reason = _one_line(e)
+        reason = next(filter(None, processes.gather(reason, f"reading the checkpoint of step {step}")), "")
+        if read is None or reason:
+            return None, reason
+        content, arrays = read
+        for name, mark in _fingerprints(arrays).items():
+            if mark != content["leaves"][name]["fingerprint"]:
+                return None, f"the contents of {name} changed on disk"
+        leaves = [_like(arrays[name], x) for name, x in named.items()]
+        tree = jax.tree.unflatten(jax.tree.structure(abstract_tree), leaves)
+        return (step, tree, content["host"], content["memory"]), ""
+
+    def _read(self, step: int, named: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The host's part and the arrays of a step. Reads files only: one process may fail and the others not."""
+        where = self.directory / str(step)
+        content = host_state.decode(host_state.read(where / "host"))
         manifest = content["leaves"]
-        _check_leaves(manifest, named, self.directory / str(step))
+        _check_leaves(manifest, named, where)
         abstract = {name: _abstract(x) for name, x in named.items()}
         stored = {name: x for name, x in abstract.items() if x.size} or {"empty": jax.ShapeDtypeStruct((1,), "float32")}
         restore_args = ocp.checkpoint_utils.construct_restore_args(stored)
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore(stored, restore_args=restore_args))
-        )["arrays"]
-        arrays = {name: restored[name] if x.size else _empty(x) for name, x in abstract.items()}
-        for name, mark in _fingerprints(arrays).items():
-            if mark != manifest[name]["fingerprint"]:
-                raise CheckpointError(f"the contents of {name} changed on disk")
-        leaves = [_like(arrays[name], x) for name, x in named.items()]
-        return step, jax.tree.unflatten(treedef, leaves), content["host"], content["memory"]
+        restored = ocp.PyTreeCheckpointHandler().restore(
+            epath.Path(where / "arrays"), args=ocp.args.PyTreeRestore(stored, restore_args=restore_args)
+        )
+        return content, {name: restored[name] if x.size else _empty(x) for name, x in abstract.items()}
 
     def _score(self, step: int) -> float | None:
         try:
@@ -172,9 +193,11 @@ class Checkpoints:
             return None  # damaged; restoring will say so
 
     def _set_aside(self, step: int) -> None:
-        if jax.process_index() == 0:
+        def move() -> None:
             before = len(list(self.directory.glob(f"damaged_{step}.*")))
             (self.directory / str(step)).rename(self.directory / f"damaged_{step}.{before}")
+
+        processes.from_lead(move, f"moving step {step} aside")
         self._manager.reload()
 
     @contextlib.contextmanager
@@ -226,16 +249,27 @@ def _is_key(x: Any) -> bool:
 
 
 def _empty(x: Any) -> Array | np.ndarray:
-    return x if isinstance(x, np.ndarray) else jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
+    return x if isinstance(x, np.ndarray) else processes.put(np.zeros(x.shape, x.dtype), x.sharding)
+
+
+def _shared(x: Array | np.ndarray) -> Array | np.ndarray:
+    """What all processes hold alike is saved as the host's, where there are several."""
+    return np.asarray(x) if processes.count() > 1 and isinstance(x, Array) and x.is_fully_addressable else x
+
+
+def _free(x: Any) -> bool:
+    """Whether a target says nothing about the devices its value is to be on."""
+    return getattr(x, "sharding", None) is None or not getattr(x, "committed", True)
 
 
 def _abstract(x: Any) -> Any:
     if isinstance(x, np.ndarray):
         return x
+    data = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    data = jax.eval_shape(jax.random.key_data, data) if _is_key(x) else data
+    if processes.count() > 1 and _free(x):
+        return np.empty(data.shape, data.dtype)
     sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    if not _is_key(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype))
     return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
 
 
@@ -243,12 +277,11 @@ def _like(restored: Array | np.ndarray, target: Any) -> Array | np.ndarray:
     """Restored data as a leaf like `target`: numpy, a random key, or an array free to move, when that is."""
     if isinstance(target, np.ndarray):
         return np.asarray(restored)
-    free = getattr(target, "sharding", None) is None or not getattr(target, "committed", True)
-    array = jnp.asarray(np.asarray(restored) if free else restored)
+    array = jnp.asarray(np.asarray(restored) if _free(target) else restored)
     return jax.random.wrap_key_data(array, dtype=target.dtype) if _is_key(target) else array
 
 
-def _manifest(arrays: dict[str, Array]) -> dict[str, Any]:
+def _manifest(arrays: Mapping[str, Array | np.ndarray]) -> dict[str, Any]:
     marks = _fingerprints(arrays)
     return {
         name: {"shape": list(x.shape), "dtype": x.dtype.name, "fingerprint": marks[name]} for name, x in arrays.items()
@@ -268,7 +301,7 @@ def _check_leaves(manifest: dict[str, Any], named: dict[str, Any], where: Path) 
             )
 
 
-def _fingerprints(arrays: dict[str, Any]) -> dict[str, int]:
+def _fingerprints(arrays: Mapping[str, Any]) -> dict[str, int]:
     marks = {name: int(_fingerprint(x, np)) for name, x in arrays.items() if isinstance(x, np.ndarray)}
     groups: dict[Any, list[str]] = {}  # one program per set of devices; offloaded arrays visit their device
     for name, x in arrays.items():

@@ -14,6 +14,7 @@ from jaxrl_llm.reporting.samples import Sample, from_rows
 from jaxrl_llm.rollout.collectors import row_of
 from jaxrl_llm.rollout.driver import reward_rows
 from jaxrl_llm.rollout.rows import Row
+from jaxrl_llm.sharding import processes
 from jaxrl_llm.tasks.base import Prompt, Record, Task
 from jaxrl_llm.training.metrics import of_rows
 
@@ -151,6 +152,8 @@ def run(settings: config.Config, path: str | None = None) -> dict[str, float]:
         if not made.held_out:
             raise ValueError(f"eval.size={settings.eval.size}: no held-out problem, expected at least one")
         found = phases.held_out(made, params, 0)
+    if not processes.lead():
+        return found.metrics
     for sample in found.samples[:3]:
         print(f"{sample.prompt!r} -> {sample.completion!r}  reward {sample.reward}")
     print(f"{chosen}:")

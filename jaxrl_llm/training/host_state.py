@@ -1,4 +1,6 @@
-"""The host's part of a checkpoint: JSON values and numpy arrays in one .npz per process, written inside orbax's atomic step.
+"""The host's part of a checkpoint: JSON values and numpy arrays in one .npz, written inside orbax's atomic step.
+
+It is the same on all processes: the first writes it, and any number of them may read it.
 
 No pickle; the zip format checks its own contents (CRC-32).
 """
@@ -10,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
 
+from jaxrl_llm.sharding import processes
+
+FILE = "process_0.npz"
 _ARRAY, _JSON = "__array__", "json"
 
 
@@ -72,32 +76,34 @@ def decode(content: bytes) -> Any:
 
 
 def values(directory: Path) -> Any:
-    """The JSON part of what this process saved in `directory`, without reading the arrays."""
-    with np.load(directory / _file(), allow_pickle=False) as file:
+    """The JSON part of what is in `directory`, without reading the arrays."""
+    with np.load(directory / FILE, allow_pickle=False) as file:
         return json.loads(file[_JSON].tobytes())
 
 
 class Handler(ocp.AsyncCheckpointHandler):
-    """Writes each process's bytes to a file of its own inside orbax's atomic directory."""
+    """Writes the first process's bytes inside orbax's atomic directory."""
 
     async def async_save(self, directory: epath.Path, args: "Save") -> list[Any]:
         async def write() -> None:
-            (directory / _file()).write_bytes(args.content)
+            self.save(directory, args)
 
         return [CommitFutureAwaitingContractedSignals(write(), name="host_state")]
 
     def save(self, directory: epath.Path, args: "Save") -> None:
-        (directory / _file()).write_bytes(args.content)
+        if processes.lead():
+            (directory / FILE).write_bytes(args.content)
 
     def restore(self, directory: epath.Path, args: "Restore | None" = None) -> bytes:
-        content = (directory / _file()).read_bytes()
-        if zipfile.ZipFile(io.BytesIO(content)).testzip() is not None:
-            raise ValueError("the host state is damaged")
-        return content
+        return read(directory)
 
 
-def _file() -> str:
-    return f"process_{jax.process_index()}.npz"
+def read(directory: epath.PathLike) -> bytes:
+    """What `Handler` wrote. Raises ValueError or zipfile.BadZipFile when it is damaged, OSError when it is not there."""
+    content = (epath.Path(directory) / FILE).read_bytes()
+    if zipfile.ZipFile(io.BytesIO(content)).testzip() is not None:
+        raise ValueError("the host state is damaged")
+    return content
 
 
 @ocp.args.register_with_handler(Handler, for_save=True)

@@ -4,6 +4,7 @@
 run killed anywhere and resumed from its last checkpoint gives the numbers of one that was not.
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from jaxrl_llm.reporting.writers import Writers
 from jaxrl_llm.rollout import driver
 from jaxrl_llm.rollout.collectors import CollectError
 from jaxrl_llm.rollout.rows import Completion, Request, Row, pack
+from jaxrl_llm.sharding import processes
 from jaxrl_llm.tasks.base import Prompt
 from jaxrl_llm.training import ahead, build, metrics, parts, phases
 from jaxrl_llm.training.checkpoints import CheckpointError, Checkpoints
@@ -69,7 +71,7 @@ def train(config: Config, on_rows: OnRows | None = None) -> int:
     Args:
       on_rows: sees, and may change, the rewarded rows of every step before they are packed (control experiments).
     """
-    with claim(config.run.dir, config.model_dump(mode="json")) as run, stopping() as stop, Progress() as progress:
+    with claim(config.run.dir, config.model_dump(mode="json")) as run, stopping() as stop, _progress() as progress:
         progress.note(f"run directory {run.path}")
         made, params = parts.make(config)
         with made.scorer:
@@ -86,7 +88,7 @@ def _run(made: Parts, params: Params, run: RunDir, stop: Stop, progress: Progres
     alg = algorithms.make(config.algorithm["name"], **fields)
     state = jax.tree.map(jnp.asarray, alg.init())
     with Checkpoints(run.checkpoints, config.checkpoint.keep, config.checkpoint.keep_best) as checkpoints:
-        fresh = not checkpoints.steps()
+        fresh = checkpoints.empty()
         if fresh and config.warmstart.steps:
             warm = phases.warm_start(made, params, run, stop, progress)
             if warm is None:
@@ -99,13 +101,13 @@ def _run(made: Parts, params: Params, run: RunDir, stop: Stop, progress: Progres
         )
         training.ahead = compile_ahead(made, training, state)
         if fresh:
-            writers = Writers(run.path)
+            writers = _writers(run)
             before = _held_out(made, training, 0, "before RL", writers, progress)
             at = Position(0, state, {}, before)
             save(made, training, at, checkpoints, writers)
         else:
             at, written = restore(made, training, state, checkpoints)
-            writers = Writers(run.path, written)
+            writers = _writers(run, written)
             progress.note(f"going on after step {at.step}")
         try:
             return _steps(made, training, at, run, writers, checkpoints, stop, progress)
@@ -127,7 +129,7 @@ def _steps(
     compilations = metrics.Compilations()
     peak = metrics.peak_flops()
     progress.phase("train", config.run.steps, at.step)
-    while at.step < config.run.steps and not stop.requested:
+    while not stop.agree() and at.step < config.run.steps:
         try:
             numbers, shown = step(made, training, at, progress)
         except CollectError:
@@ -148,7 +150,7 @@ def _steps(
         if config.checkpoint.every and at.step % config.checkpoint.every == 0 and not last:
             save(made, training, at, checkpoints, writers, score)
     compilations.close()
-    if stop.requested:
+    if stop.agreed:
         save(made, training, at, checkpoints, writers, wait=True)
         progress.note(f"saved step {at.step} in {run.checkpoints}; the same command goes on from there")
         return 0
@@ -207,7 +209,7 @@ def step(
         )
     numbers |= metrics.of_batch(batch, credit.advantage, rescored=config.learner.old_logp == "rescore")
     numbers |= metrics.values(report.metrics)  # a method's exact entropy replaces the estimate
-    numbers |= {f"unscored/{cause}": float(n) for cause, n in made.scorer.take_counts().items()}
+    numbers |= {f"unscored/{cause}": float(n) for cause, n in made.take_unscored().items()}
     numbers |= {"updates": float(report.updates), "dropped_prompts": float(made.dropped), "epoch": made.prompts.epoch}
     numbers |= timer.take()
     numbers |= metrics.throughput(rows, numbers)
@@ -330,6 +332,15 @@ def restore(made: Parts, training: Training, state: State, checkpoints: Checkpoi
     training.learner.load(tree["train"])
     made.prompts.restore(host["prompts"])
     return Position(step, tree["state"], memory, host["before"]), host["written"]
+
+
+def _progress() -> Progress:
+    """What people see of the run; of several processes the first shows it."""
+    return Progress(None if processes.lead() else open(os.devnull, "w"))
+
+
+def _writers(run: RunDir, position: dict[str, int] | None = None) -> Writers:
+    return Writers(run.path if processes.lead() else None, position)
 
 
 def _held_out(

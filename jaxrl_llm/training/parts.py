@@ -1,5 +1,6 @@
 """What the phases of a run work with (warm start, evaluation, RL steps), built once from the config."""
 
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,11 +16,12 @@ from jaxrl_llm.models.spec import ModelSpec
 from jaxrl_llm.rollout import driver
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.rows import Row
+from jaxrl_llm.sharding import processes
 from jaxrl_llm.tasks import load as load_task
-from jaxrl_llm.tasks.base import Prompt, Task
+from jaxrl_llm.tasks.base import Prompt, Record, Task
 from jaxrl_llm.tasks.data import Stream, tokenize, without_long_completions
 from jaxrl_llm.tasks.text import Text
-from jaxrl_llm.tasks.workers import Scorer
+from jaxrl_llm.tasks.workers import CAUSES, Scorer
 from jaxrl_llm.training import build, metrics
 from jaxrl_llm.types import Params
 
@@ -37,6 +39,7 @@ class Parts:
     dropped: int  # training prompts over rollout.max_prompt
     scorer: Scorer
     timer: metrics.Timer
+    unscored: Counter[str] = field(default_factory=Counter)  # reward parts that could not be computed, by cause
     engines: dict[Any, Engine] = field(default_factory=dict)
     loaded: dict[Any, Params] = field(default_factory=dict)  # the weights each engine holds
 
@@ -52,7 +55,20 @@ class Parts:
 
     def reward(self, rows: Sequence[Row]) -> None:
         """Decode and reward rows in place."""
-        driver.reward_rows(rows, self.task.rewards, self.words.decode, self.scorer.score)
+        driver.reward_rows(rows, self.task.rewards, self.words.decode, self.score)
+
+    def score(self, rows: Sequence[tuple[str, Record]]) -> list[dict[str, float | None]]:
+        """Reward parts of (completion, record) rows. Every process scores its share; all get all of them."""
+        own = self.scorer.score(rows[processes.share(len(rows))])
+        said = processes.gather([own, self.scorer.take_counts()], "rewards")
+        for _, counts in said:
+            self.unscored.update(counts)
+        return [parts for scored, _ in said for parts in scored]
+
+    def take_unscored(self) -> dict[str, int]:
+        """Reward parts that could not be computed since the last call, by cause, on all processes together."""
+        taken, self.unscored = {cause: self.unscored[cause] for cause in CAUSES}, Counter()
+        return taken
 
 
 def make(config: Config) -> tuple[Parts, Params]:

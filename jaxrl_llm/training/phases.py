@@ -27,7 +27,7 @@ def warm_start(parts: Parts, params: Params, run: RunDir, stop: Stop, progress: 
     state = warmstart.init(settings.optimizer, settings.steps, params)
     spent = 0.0
     with Checkpoints(run.path / "warmstart", keep=1) as checkpoints:
-        if checkpoints.steps():
+        if not checkpoints.empty():
             _, state, host, _ = checkpoints.restore_latest(state)  # type: ignore[misc]
             spent = host["spent"]
         done = int(state.step)
@@ -51,9 +51,9 @@ def warm_start(parts: Parts, params: Params, run: RunDir, stop: Stop, progress: 
                 numbers = {"loss": float(measured.loss), "grad_norm": float(measured.grad_norm)}
                 progress.step(done, numbers | ({} if reached is None else {"accuracy": reached}))
             due = config.checkpoint.every and done % config.checkpoint.every == 0
-            if due or stop.requested:
-                checkpoints.save(done, state, {"spent": time.monotonic() - began}, {}, wait=stop.requested)
-            if stop.requested:
+            if stop.agree() or due:
+                checkpoints.save(done, state, {"spent": time.monotonic() - began}, {}, wait=stop.agreed)
+            if stop.agreed:
                 progress.note(f"saved step {done} of the warm start in {run.path}; the same command goes on from there")
                 return None
     return state.params
@@ -66,7 +66,7 @@ def held_out(parts: Parts, params: Params, step: int) -> Evaluation:
         parts.engine(params, step),
         parts.held_out,
         parts.task,
-        parts.scorer.score,
+        parts.score,
         parts.words.decode,
         config.eval,
         seed=config.run.seed,

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from jaxrl_llm.redaction import redact
+from jaxrl_llm.sharding import processes
 
 CONFIG, ABOUT, LOCK = "config.yaml", "about.jsonl", "lock"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers", "tokenizers")
@@ -49,17 +50,27 @@ class RunDir(NamedTuple):
 
 @contextmanager
 def claim(directory: str | Path, config: dict[str, Any]) -> Iterator[RunDir]:
-    """Hold `directory` for this process: a new run, or an existing one with the same config, to be resumed.
+    """Hold `directory` for this run: a new one, or an existing one with the same config, to be resumed.
 
-    Writes the resolved config (`config.yaml`) once, and a line of versions, devices, commit and command per start
+    Of several processes the first does so for all; they must share the directory. Writes the resolved config (`config.yaml`) once, and a line of versions, devices, commit and command per start
     (`about.jsonl`).
 
     Args:
       config: the resolved config as plain data (`Config.model_dump(mode="json")`).
     Raises ValueError (one line) when the directory holds a run with another config (the first differing key is named) or
-    files that are no run, or when another live process holds it; OSError when it cannot be written.
+    files that are no run, when another live process holds it, or when this process does not see it; OSError when it cannot
+    be written.
     """
     path = Path(directory)
+    with ExitStack() as held:
+        entered = processes.from_lead(lambda: held.enter_context(_claimed(path, config)), f"run.dir={path}")
+        _check_shared(path, *entered)
+        yield RunDir(path, entered[0])
+
+
+@contextmanager
+def _claimed(path: Path, config: dict[str, Any]) -> Iterator[tuple[bool, str]]:
+    """Whether the directory held the run already, and the line of this start."""
     config = json.loads(json.dumps(config))
     path.mkdir(parents=True, exist_ok=True)
     with _locked(path / LOCK):
@@ -75,9 +86,10 @@ def claim(directory: str | Path, config: dict[str, Any]) -> Iterator[RunDir]:
             temporary = path / (CONFIG + ".tmp")
             temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
             temporary.replace(saved)
+        line = json.dumps(about())
         with (path / ABOUT).open("a") as file:
-            file.write(json.dumps(about()) + "\n")
-        yield RunDir(path, resumed)
+            file.write(line + "\n")
+        yield resumed, line
 
 
 def about() -> dict[str, Any]:
@@ -101,6 +113,13 @@ def about() -> dict[str, Any]:
     }
 
 
+def what_it_computes(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without what only says where: the directories, and over which processes and devices. A run may be moved and go
+    on elsewhere."""
+    rest = {key: value for key, value in config.items() if key not in ("distributed", "mesh")}
+    return {**rest, "run": {k: v for k, v in config.get("run", {}).items() if k not in ("dir", "compile_cache")}}
+
+
 def first_difference(a: Any, b: Any, path: str = "") -> tuple[str, Any, Any] | None:
     """Dotted key and both values where two configs first differ; None when they are equal."""
     if isinstance(a, dict) and isinstance(b, dict):
@@ -112,13 +131,17 @@ def first_difference(a: Any, b: Any, path: str = "") -> tuple[str, Any, Any] | N
     return None if a == b and type(a) is type(b) else (path, a, b)
 
 
+def _check_shared(path: Path, resumed: bool, line: str) -> None:
+    try:
+        seen = (path / ABOUT).read_text().endswith(line + "\n")
+    except OSError:
+        seen = False
+    if not seen:
+        raise ValueError(f"run.dir={path}: is not what process 0 writes to, expected a path that all processes share")
+
+
 def _check_same(saved: Any, config: dict[str, Any], path: Path) -> None:
-    # Where the run and its compiled programs live does not change what it computes: a moved directory resumes.
-    before, now = (
-        {**c, "run": {k: v for k, v in c.get("run", {}).items() if k not in ("dir", "compile_cache")}}
-        for c in (saved, config)
-    )
-    if difference := first_difference(before, now):
+    if difference := first_difference(what_it_computes(saved), what_it_computes(config)):
         key, before, now = difference
         raise ValueError(
             f"run.dir={path}: holds a run with {key}={before!r}, this one has {now!r}; expected the same config to resume, "

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM ask the loop to stop at the next safe point; a second one ends the process at once."""
+"""Ctrl-C and SIGTERM ask the loop to stop at the next safe point; a second one ends the process at once.
+
+A signal to one process stops all of them, at the same point.
+"""
 
 import os
 import signal
@@ -7,16 +10,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from jaxrl_llm.sharding import processes
+
 
 @dataclass
 class Stop:
-    """Whether a stop was asked for, and by which signal."""
+    """Whether a stop was asked for."""
 
-    signal: int | None = None
+    signal: int | None = None  # that this process got
+    agreed: bool = False  # what all processes knew when they last agreed
 
     @property
     def requested(self) -> bool:
         return self.signal is not None
+
+    def agree(self) -> bool:
+        """Whether any process was asked to stop. All must call it at the same point; `agreed` keeps the answer."""
+        self.agreed = processes.any_of(self.requested, "the end of a step")
+        return self.agreed
 
 
 @contextmanager

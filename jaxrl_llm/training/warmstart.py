@@ -20,6 +20,7 @@ from jaxrl_llm.models import decoder
 from jaxrl_llm.models.attention import causal
 from jaxrl_llm.models.scorers import token_views
 from jaxrl_llm.models.spec import ModelSpec
+from jaxrl_llm.sharding import processes
 from jaxrl_llm.sharding.rules import batch_sharding
 from jaxrl_llm.training import optim
 from jaxrl_llm.types import Params
@@ -169,7 +170,7 @@ def run(
     began = clock() - spent
     for i in range(int(state.step), settings.steps):
         chosen = batch_indices(len(data.length), settings.batch, seed, i)
-        rows = [jax.device_put(x[chosen], layout) for x in (data.tokens, data.prompt_length, data.length)]
+        rows = [processes.put(x[chosen], layout) for x in (data.tokens, data.prompt_length, data.length)]
         with jax.set_mesh(mesh):
             state, measured = step(state, *rows, answer_length=data.answer_length)
         reached = None
@@ -178,5 +179,5 @@ def run(
         yield state, measured, reached
         if reached is not None and settings.until is not None and reached >= settings.until:
             return
-        if settings.seconds is not None and clock() - began >= settings.seconds:
+        if settings.seconds is not None and processes.from_lead(lambda: clock() - began, "a clock") >= settings.seconds:
             return
