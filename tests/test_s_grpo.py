@@ -9,9 +9,10 @@ import pytest
 import scripted
 from arrays import credit_of, loss_and_grad, rollouts
 
-from jaxrl_llm import algorithms
+from jaxrl_llm import algorithms, config_load
 from jaxrl_llm.algorithms import s_grpo
 from jaxrl_llm.rollout.rows import STOP_LENGTH, pack
+from jaxrl_llm.tasks.text import load_text
 
 KEY = jax.random.key(0)
 END, EOS = 8, 9
@@ -184,3 +185,11 @@ def test_the_token_ids_must_be_given(missing):
     alg = make(**{missing: ()})
     with pytest.raises(ValueError, match=f"algorithm.{missing}"):
         alg.plan(alg.init())
+
+
+def test_the_example_s_marker_is_the_sign_that_ends_its_thought():
+    config = config_load.load(["configs/quickstart.yaml", "configs/algorithms/s_grpo.yaml"])
+    words, method = load_text(config.tokenizer), config.algorithm
+    assert words.decode(method["marker"]) == words.decode(method["inducer"]) == "="
+    thought, found = s_grpo.thought_length(words.encode(" 12 + 34 = 46"), method["marker"], stopped=False)
+    assert (thought, found) == (len(" 12 + 34 "), True)
