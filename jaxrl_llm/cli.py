@@ -1,4 +1,4 @@
-"""The command line: train, eval, sample, plan, list, check, bench, convert. Starts light: commands import what they need."""
+"""The command line: train, launch, eval, sample, plan, list, check, bench, convert. Commands import what they need."""
 
 import argparse
 import json
@@ -58,6 +58,16 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", nargs="+", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
     train.set_defaults(run=_train)
 
+    launch = commands.add_parser(
+        "launch",
+        help="train in several processes on this host",
+        description="Train in several processes on this host. When one dies, all start again from the last checkpoint.",
+    )
+    launch.add_argument("-n", "--processes", type=int, required=True, help="how many")
+    launch.add_argument("--restarts", type=int, default=3, help="how often to start again (default 3)")
+    launch.add_argument("config", nargs="+", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
+    launch.set_defaults(run=_launch)
+
     evaluate = commands.add_parser("eval", help="pass@k, maj@k and mean reward on held-out problems")
     evaluate.add_argument("config", nargs="+", metavar="RUN|CONFIG|KEY=VALUE", help=RUN_HELP)
     evaluate.add_argument("--model", metavar="DIR", help="Hugging Face directory to evaluate instead of the run's")
@@ -74,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="say what a training step will do, and exit")
     plan.add_argument("config", nargs="+", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
     plan.add_argument("--devices", type=int, help="plan for this many devices instead of those present")
+    plan.add_argument(
+        "--topology", metavar="NAME", help="compile for a TPU slice that need not be there, such as v5e:4x4 (extra tpu)"
+    )
     plan.set_defaults(run=_plan)
 
     methods = commands.add_parser("list", help="the methods, or one method and its fields")
@@ -199,6 +212,12 @@ def _train(args: argparse.Namespace) -> int:
     return _run(args.config, train)
 
 
+def _launch(args: argparse.Namespace) -> int:
+    from jaxrl_llm import launch
+
+    return launch.run(args.config, args.processes, args.restarts)
+
+
 def _eval(args: argparse.Namespace) -> int:
     def evaluate_(config: "Config") -> int:
         from jaxrl_llm.training import evaluate
@@ -226,7 +245,17 @@ def _plan(args: argparse.Namespace) -> int:
     config = _load(args.config)
     from jaxrl_llm.training import plan
 
-    print(plan.describe(config, devices=args.devices))
+    if args.topology is None:
+        print(plan.describe(config, devices=args.devices))
+        return 0
+    if args.devices is not None:
+        raise ValueError(f"--devices={args.devices}: --topology says how many there are, expected one of the two")
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # on a TPU host, leave its chips to whom they belong
+    from jaxrl_llm.planning import topology
+
+    print(topology.describe(topology.make(config, args.topology)))
     return 0
 
 

@@ -26,8 +26,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxrl_llm.config import Distributed
+from jaxrl_llm.launch import LOST
 
-LOST = 75  # exit code of a process that ends because another one did (EX_TEMPFAIL: a restart may help)
+BROKEN = 70  # exit code of an error nobody foresaw
 LOOK = 1.0  # seconds between two looks at whether another process has failed
 FAILED = "jaxrl_llm/failed/"
 
@@ -163,10 +164,10 @@ def run(settings: Distributed, work: Callable[[], int]) -> int:
     except (ValueError, OSError) as error:
         _end(2, " ".join(str(error).split()))
     except jax.errors.JaxRuntimeError as error:  # a collective whose other end is gone
-        _end(LOST, _first_line(error))
+        _end(LOST, f"lost another process, or a device: {_first_line(error)}")
     except Exception as error:
         traceback.print_exc()
-        _end(1, f"{type(error).__name__}: {_first_line(error)}")
+        _end(BROKEN, f"{type(error).__name__}: {_first_line(error)}")
 
 
 def _end(code: int, why: str) -> NoReturn:

@@ -145,8 +145,9 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        if error is None or processes.count() == 1:  # a save under way waits for processes that may be gone
+            self.close()
 
     def _agreed_steps(self) -> list[int]:
         return processes.from_lead(self.steps, f"the steps in {self.directory}")

@@ -71,7 +71,8 @@ def train(config: Config, on_rows: OnRows | None = None) -> int:
     Args:
       on_rows: sees, and may change, the rewarded rows of every step before they are packed (control experiments).
     """
-    with claim(config.run.dir, config.model_dump(mode="json")) as run, stopping() as stop, _progress() as progress:
+    resolved = config.model_dump(mode="json", exclude={"distributed"})  # of this start, not of the run
+    with claim(config.run.dir, resolved) as run, stopping() as stop, _progress() as progress:
         progress.note(f"run directory {run.path}")
         made, params = parts.make(config)
         with made.scorer:
