@@ -267,13 +267,15 @@ def test_what_is_installed_is_the_last_commit(pod):
 @pytest.fixture
 def hosts(pod):
     """Two slices whose hosts run what they are sent; the program there waits for SIGTERM, and says how it was called."""
-    program = f"#!{sys.executable} -S\nimport signal, sys\nprint(sys.argv[1:], flush=True)\nsignal.sigwait([signal.SIGTERM])\n"
-    program += "print('saved', flush=True)\n"
+    program = (
+        f"#!{sys.executable} -S\nimport signal, sys\nsignal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])\n"
+        "print(sys.argv[1:], flush=True)\nsignal.sigwait([signal.SIGTERM])\nprint('saved', flush=True)\n"
+    )
     places = [pod.path / "hosts" / f"jaxrl-pod-{i}" for i in range(2)]
     for place in places:
         (place / "jaxrl_llm" / ".venv" / "bin").mkdir(parents=True)
         command = place / "jaxrl_llm" / ".venv" / "bin" / "jaxrl_llm"
-        command.write_text(program.replace("signal.sigwait", "signal.pthread_sigmask(0, [15]); signal.sigwait"))
+        command.write_text(program)
         command.chmod(0o755)
     pod.set(SLICES=2)
     pod.environment["PLACES"] = str(pod.path / "hosts")
@@ -497,7 +499,7 @@ def test_a_container_ends_with_0_only_when_the_run_is_done(tmp_path, program, co
 
 
 def test_a_container_passes_sigterm_on_waits_for_the_save_and_asks_for_a_restart(tmp_path):
-    program = "def end(*_):\n    time.sleep(0.3)\n    print('saved', flush=True)\n    os._exit(0)\n"
+    program = "def end(*_):\n    time.sleep(0.3)\n    os.write(1, b'saved\\n')\n    os._exit(0)\n"
     process = container(
         tmp_path, program + "signal.signal(15, end)\nprint('ready', flush=True)\nwhile True: time.sleep(1)"
     )
@@ -514,3 +516,61 @@ def test_the_image_holds_what_a_run_needs():
     assert json.loads(next(line for line in lines if line.startswith("ENTRYPOINT")).removeprefix("ENTRYPOINT ")) == [
         "/app/tpu_scripts/container.sh"
     ]
+
+
+# ---------------------------------------------------------------------------------------------------------- documentation
+
+
+def commands_of(name):
+    """The lines of the bash blocks of a document, continued ones joined, comments left out."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", (ROOT / "docs" / name).read_text(), re.MULTILINE | re.DOTALL)
+    lines = "".join(block for block in blocks if not block.startswith("#!")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+KNOWN = ("cp", "docker", "kubectl", "pip", "python")  # said as they are, not checked here
+
+
+def test_the_documented_scripts_run_as_they_are_written(pod):
+    words = [line for line in commands_of("tpu.md") if line[0].startswith("tpu_scripts/")]
+    assert {Path(line[0]).stem for line in words} == set(COMMANDS)
+    for script, *rest in words:
+        done = pod.run(Path(script).stem, *rest, options=["--dry-run"])
+        assert done.returncode == 0 and done.stdout, (script, done.stderr)
+    assert pod.calls() == []
+
+
+@pytest.mark.parametrize("document", ["tpu.md", "gpu.md"])
+def test_the_documented_runs_have_configs_and_keys_that_exist(document, monkeypatch):
+    from jaxrl_llm import cli, config_load
+
+    monkeypatch.chdir(ROOT)
+    runs = []
+    for line in commands_of(document):
+        while re.match(r"[A-Z_]+=", line[0]):
+            line = line[1:]
+        script = line[0].startswith("tpu_scripts/") and Path(line[0]).stem
+        if line[0] == "jaxrl_llm":
+            runs.append(cli._parser().parse_args([w for w in line[1:] if w != ";"]).config)
+        elif script in WITH_CONFIG:
+            runs.append([word for word in line[1:] if not word.startswith("--")])
+        else:
+            assert script or line[0] in KNOWN, line
+    assert len(runs) >= 4
+    for words in runs:
+        config_load.load_unchecked(*cli.split(words))
+
+
+def test_the_documented_slurm_job_is_a_valid_script(tmp_path):
+    (job,) = re.findall(r"^```bash\n(#!.*?)^```$", (ROOT / "docs" / "gpu.md").read_text(), re.MULTILINE | re.DOTALL)
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/calls\n')
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-u"], input=job, text=True, env={"PATH": path, "SLURM_JOB_ID": "7"}, capture_output=True
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    train, again = (tmp_path / "calls").read_text().splitlines()
+    assert "run.dir=/shared/runs/gsm8k rewards.workers=1 distributed.coordinator=auto" in train
+    assert again == "scontrol requeue 7"
