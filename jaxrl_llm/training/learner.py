@@ -24,6 +24,7 @@ from jaxrl_llm.models import critic as critics
 from jaxrl_llm.models import decoder
 from jaxrl_llm.models.spec import ModelSpec
 from jaxrl_llm.sharding import rules
+from jaxrl_llm.sharding.processes import put
 from jaxrl_llm.training import gradients, layouts, noise, optim, programs, updates
 from jaxrl_llm.training.gradients import Model, PlugIn
 from jaxrl_llm.training.layouts import HostRows, Layout
@@ -112,13 +113,13 @@ class Learner:
           critic: None makes one from the policy's decoder, with a head of zeros.
           guide: frozen, of the policy's shapes; scores rows as policy "guide" and is in no checkpoint.
         """
-        self.guide = None if guide is None else jax.device_put(guide, self.shardings[POLICY])
+        self.guide = None if guide is None else put(guide, self.shardings[POLICY])
         params = {POLICY: policy}
         if CRITIC in self.labels:
             dtype = jnp.dtype(self.config.model.param_dtype)
             make = jax.jit(partial(critics.init, self.spec, dtype=dtype), out_shardings=self.shardings[CRITIC])
             params[CRITIC] = make(jax.random.key(self.config.run.seed), policy=policy) if critic is None else critic
-        params = jax.device_put(params, self.shardings)
+        params = put(params, self.shardings)
         zero = partial(jnp.zeros, (), jnp.int32)
         counts = {label: zero() for label in self.labels}
         self.load(TrainState(params, self._run.start(params), counts, zero(), zero()))
@@ -129,8 +130,8 @@ class Learner:
         """Go on from this state, placed on this learner's mesh."""
         reference = train.reference
         if reference is not None:
-            reference = jax.device_put(reference, self._reference_placement())
-        self.train = replace(jax.device_put(replace(train, reference=None), self._placement), reference=reference)
+            reference = put(reference, self._reference_placement())
+        self.train = replace(put(replace(train, reference=None), self._placement), reference=reference)
         self.version = int(train.count[POLICY]) + int(train.skipped)
 
     @property
@@ -151,7 +152,7 @@ class Learner:
             raise ValueError(f"policy={name!r}: expected 'policy', 'ref', or 'guide' where there is one")
         if self.train.reference is None:
             raise ValueError("reference.mode=none: the reference policy is asked for, expected resident or host")
-        return jax.device_put(self.train.reference, self.shardings[POLICY])
+        return put(self.train.reference, self.shardings[POLICY])
 
     # ------------------------------------------------------------------------------------------------ the three verbs
 
@@ -227,7 +228,7 @@ class Learner:
         else:
             settings, host = self.config.learner, layouts.host_rows(rows)
             rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-            batch = jax.device_put((rows, credit, current), self._everywhere)
+            batch = put((rows, credit, current), self._everywhere)
             steps: list[Metrics] = []
             for _ in range(settings.epochs):
                 for part in minibatches(rows, settings.minibatches, rng, settings.layout == "shared"):
@@ -242,44 +243,57 @@ class Learner:
         return state, report
 
     def compile_ahead(self, state: State, rows: Rollouts, credit: Credit) -> None:
-        """Compile what `update` runs on batches of this shape and these lengths. Nothing is computed but credit's weights,
-        nothing of the learner changes, and another thread may use it meanwhile.
+        """Compile what `update` runs on batches of this shape and these lengths. Nothing of the learner changes, and another
+        thread may use it meanwhile.
         """
-        settings, host, names = self.config.learner, layouts.host_rows(rows), views_in(self.alg, state)[0]
+        settings, host = self.config.learner, layouts.host_rows(rows)
         part, *_ = minibatches(rows, settings.minibatches, np.random.default_rng(0), settings.layout == "shared")
-        rows, credit, _ = self._run.take(
-            *jax.device_put((rows, credit, None), self._everywhere), part.index, part.block
-        )
+        rows, credit, _ = self._run.take(*put((rows, credit, None), self._everywhere), part.index, part.block)
         host = host.take(part.index, part.block)
         layout, (piece, *_), piece_of = self._arrange(rows, host, len(host.tokens))
-        heat, read = self._heat(None), self._read(rows)
-        state, on = jax.device_put((state, self._on(names, None)), self._everywhere)
-        shape = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding))
-        everywhere = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._everywhere))
-        train = shape(replace(self.train, reference=None))
+        for program in self.lower(layout, piece, state, rows, credit, self._fuses(piece_of, host.block)).values():
+            program.compile()
+
+    def lower(
+        self, layout: Layout, piece: Any, state: State, rows: Rollouts, credit: Credit, fused: bool
+    ) -> dict[str, jax.stages.Lowered]:
+        """The programs of `step` on a minibatch of these shapes, in pieces like `piece` and on one of the two routes.
+
+        `piece`, `rows` and `credit` may be shapes; the learner need not have been given parameters.
+        """
+        run, names = self._run, views_in(self.alg, state)[0]
+        heat, train = self._like(np.float32(1)), self.train_shapes()
+        on, state, rows, credit = (self._like(x) for x in (self._on(names, None), state, rows, credit))
         with jax.set_mesh(self.mesh):
-            credit, _, signal = self._run.weigh(state, rows, credit)
-            grads = shape(self._run.zeros.lower().compile().out_info)
-            ahead = []
-            if self._fuses(piece_of, host.block):
-                ahead.append(
-                    self._run.fused.lower(layout, names, train.params, grads, piece, state, rows, credit, heat)
-                )
-                loss = everywhere(ahead[-1].out_info[1])
+            ahead = {"weigh": run.weigh.lower(state, rows, credit), "zeros": run.zeros.lower()}
+            credit, _, signal = self._like(ahead["weigh"].out_info)
+            grads = _shaped(ahead["zeros"].out_info, self._placement.params)
+            if fused:
+                args = layout, names, train.params, grads, piece, state, rows, credit, heat
+                ahead["fused"] = run.fused.lower(*args)
+                loss = self._like(ahead["fused"].out_info[1])
             else:
-                out = everywhere(jax.eval_shape(lambda: gradients.no_views(self.model, names, rows)))
-                params = {label: train.params[label] for label in gradients.labels(names)}
-                ahead.append(self._run.score.lower(layout, names, params, out, piece, heat, read))
-                ahead.append(self._run.differentiate.lower(state, out, rows, credit))
-                loss, cotangents = everywhere(ahead[-1].out_info)
-                ahead.append(self._run.pull.lower(layout, train.params, grads, piece, cotangents, heat, read))
-            ahead.append(self._run.apply.lower(train, grads, loss, on, signal, self._heat(None)))
-            for program in ahead:
-                program.compile()
+                ahead["score"] = self.lower_views(layout, piece, rows, names)
+                views = self._like(ahead["score"].out_info)
+                ahead["differentiate"] = run.differentiate.lower(state, views, rows, credit)
+                loss, cotangents = self._like(ahead["differentiate"].out_info)
+                read = rows if self._reads(rows) else None
+                ahead["pull"] = run.pull.lower(layout, train.params, grads, piece, cotangents, heat, read)
+            ahead["apply"] = run.apply.lower(train, grads, loss, on, signal, heat)
+        return ahead
+
+    def lower_views(self, layout: Layout, piece: Any, rows: Rollouts, names: tuple[str, ...]) -> jax.stages.Lowered:
+        """The program of `views`; its arguments as those of `lower`."""
+        params, rows = self.train_shapes().params, self._like(rows)
+        params = {label: params[label] for label in gradients.labels(names)}
+        out = self._like(jax.eval_shape(lambda: gradients.no_views(self.model, names, rows)))
+        read = rows if self._reads(rows) else None
+        with jax.set_mesh(self.mesh):
+            return self._run.score.lower(layout, names, params, out, piece, self._like(np.float32(1)), read)
 
     def sync_reference(self) -> None:
         """Copy the policy into the frozen reference, on the devices or in host memory as `reference.mode` says."""
-        copy = jax.device_put(self._run.copy(self.train.params[POLICY]), self._reference_placement())
+        copy = put(self._run.copy(self.train.params[POLICY]), self._reference_placement())
         self.train = replace(self.train, reference=copy)
 
     # -------------------------------------------------------------------------------------------------- how it is done
@@ -297,7 +311,7 @@ class Learner:
         layout, pieces, piece_of = self._arrange(rows, host, len(host.tokens))
         heat = self._heat(self.alg.plan(state).score_temperature if "tempered_logp" in names else None)
         on = self._on(names, active)
-        state, rows, credit, on = jax.device_put((state, rows, credit, on), self._everywhere)
+        state, rows, credit, on = put((state, rows, credit, on), self._everywhere)
         with jax.set_mesh(self.mesh):
             credit, sampling, signal = self._run.weigh(state, rows, credit)
             grads, rate, rated = self._run.zeros(), self._heat(None), state
@@ -382,7 +396,7 @@ class Learner:
         heat: Array,
     ) -> Views:
         params = {label: params[label] for label in gradients.labels(names)}
-        out = jax.device_put(gradients.no_views(self.model, names, rows), self._everywhere)
+        out = put(gradients.no_views(self.model, names, rows), self._everywhere)
         read = self._read(rows)
         for piece in pieces:
             out = self._run.score(layout, names, params, out, piece, heat, read)
@@ -390,8 +404,21 @@ class Learner:
 
     def _read(self, rows: Rollouts) -> Rollouts | None:
         """Rows where a plug-in scorer reads them, or the decoder routes to replay; else it reads pieces only."""
-        unread = self.model.plug_in is None and ROUTES not in rows.extras
-        return None if unread else jax.device_put(rows, self._everywhere)
+        return put(rows, self._everywhere) if self._reads(rows) else None
+
+    def _reads(self, rows: Rollouts) -> bool:
+        return self.model.plug_in is not None or ROUTES in rows.extras
+
+    def _like(self, tree: Any) -> Any:
+        """Shapes of small arrays, which are on every device."""
+        shapes = jax.eval_shape(lambda x: x, tree)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._everywhere), shapes)
+
+    def train_shapes(self) -> TrainState:
+        """Shapes and shardings of `train`, without a reference."""
+        opt = _shaped(jax.eval_shape(self._run.start, self.shapes), self._placement.opt)
+        count = self._like(jnp.zeros((), jnp.int32))
+        return TrainState(_shaped(self.shapes, self.shardings), opt, dict.fromkeys(self.labels, count), count, count)
 
     def _arrange(self, rows: Rollouts, host: HostRows, at_once: int) -> tuple[Layout, list[Any], np.ndarray]:
         """The layout, the pieces on the devices, and the piece of each row."""
@@ -413,14 +440,18 @@ class Learner:
         else:
             pieces, piece_of = layouts.arrange_rows(layout.sequences * layout.slots, host)
         places = [jax.tree.map(lambda _: self._split, piece)._replace(rows=self._everywhere) for piece in pieces]
-        return layout, jax.device_put(pieces, places), piece_of
+        return layout, put(pieces, places), piece_of
 
     def _heat(self, temperature: Any) -> Array:
         """A temperature as a replicated array, so that its value never recompiles; any where it is not used."""
-        return jax.device_put(jnp.asarray(1.0 if temperature is None else temperature, jnp.float32), self._everywhere)
+        return put(jnp.asarray(1.0 if temperature is None else temperature, jnp.float32), self._everywhere)
 
     def _reference_placement(self) -> Params:
         place = self.shardings[POLICY]
         if self.config.reference.mode == "host":
             return jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), place)
         return place
+
+
+def _shaped(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

@@ -22,6 +22,8 @@ from jaxrl_llm.tasks.text import load_text
 from jaxrl_llm.training import layouts
 from jaxrl_llm.training.layouts import Layout
 
+CACHES, ACTIVATIONS = "generation: keys and values", "learner: activations of a microbatch"
+
 
 class Step(NamedTuple):
     """Numbers of one training step."""
@@ -35,6 +37,7 @@ class Step(NamedTuple):
     minibatch_rows: int
     layout: Layout
     microbatches: int  # of a minibatch
+    route: str  # "fused" or "joint"
     parameters: dict[str, int]  # by label of the trainable
     memory: dict[str, int]  # bytes of one device, by what they hold
 
@@ -43,7 +46,6 @@ def describe(config: Config, devices: int | None = None) -> str:
     """The text `jaxrl_llm plan` prints. `devices`: plan for this many instead of those present."""
     p = make(config, jax.device_count() if devices is None else devices)
     r, l, needs = config.rollout, config.learner, p.alg.needs
-    route = l.route if l.route != "auto" else "fused" if p.microbatches == 1 or p.alg.couples == "row" else "joint"
     rescored = [*needs.rescore, *(["old_logp"] if l.old_logp == "rescore" else [])]
     lines = [
         ("run", f"{config.run.dir}: {config.run.steps} steps, seed {config.run.seed}"),
@@ -54,7 +56,7 @@ def describe(config: Config, devices: int | None = None) -> str:
         ),
         ("parameters", ", ".join(f"{label} {_count(n)}" for label, n in p.parameters.items())),
         ("mesh", " × ".join(f"{axis} {n}" for axis, n in p.mesh.items()) + f" = {math.prod(p.mesh.values())} devices"),
-        ("method", f"{p.alg.name}, couples {p.alg.couples}, {route} route"),
+        ("method", f"{p.alg.name}, couples {p.alg.couples}, {p.route} route"),
         ("views", f"differentiated: {_names(needs.loss)}; rescored: {_names(rescored)}"),
         ("reference", config.reference.mode),
         ("batch", f"{r.prompts} prompts × {p.group_size} completions = {p.rows} rows"),
@@ -76,7 +78,7 @@ def describe(config: Config, devices: int | None = None) -> str:
         ),
     ]
     width = max(len(name) for name, _ in lines)
-    memory = [("total", sum(p.memory.values())), *p.memory.items()]
+    memory = [("at most at once", peak(p)), *p.memory.items()]
     return "\n".join(
         [f"{name:<{width}}  {text}" for name, text in lines]
         + ["", "memory of one device (arrays held are exact, activations an estimate)"]
@@ -111,13 +113,29 @@ def make(config: Config, devices: int, on: Target | None = None) -> Step:
     )
     microbatches = -(-per_update // (layout.sequences * layout.slots))
     trees = _trees(config, spec, alg)
-    step = Step(on, spec, alg, sizes, group_size, rows, per_update, layout, microbatches, {}, {})
+    route = l.route if l.route != "auto" else "fused" if microbatches == 1 or alg.couples == "row" else "joint"
+    route = "joint" if alg.rate is not None else route
+    step = Step(on, spec, alg, sizes, group_size, rows, per_update, layout, microbatches, route, {}, {})
     return step._replace(
         parameters={
             label: sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) for label, (tree, _) in trees.items()
         },
         memory=_memory(config, step, trees),
     )
+
+
+def peak(step: Step) -> int:
+    """Bytes of one device at once: what the run holds, and beside it either the caches of generation or a gradient."""
+    at_times = {"generation": 0, "learner": 0}
+    held = 0
+    for name, n in step.memory.items():
+        if name == CACHES:
+            at_times["generation"] += n
+        elif name == ACTIVATIONS or name.endswith("gradients"):
+            at_times["learner"] += n
+        else:
+            held += n
+    return held + max(at_times.values())
 
 
 def _spec(config: Config) -> ModelSpec:
@@ -152,12 +170,14 @@ def _memory(config: Config, step: Step, trees: dict[str, tuple[Any, Any]]) -> di
         memory["guide parameters"] = count["policy"] * param
     replicated = {**step.mesh, **dict.fromkeys(rules.RULES["batch"], 1)}  # the engine splits weights over tp only
     weights = _per_device(*trees["policy"], replicated)
+    if step.spec.tied:  # the output matrix is a copy, transposed
+        weights += step.spec.embed * step.spec.vocab // step.mesh["tp"]
     memory["generation: weights"] = weights * jnp.dtype(_decode_dtype(config)).itemsize
-    memory["generation: keys and values"] = _cache_bytes(config, step)
+    memory[CACHES] = _cache_bytes(config, step)
     if config.learner.routing_replay != "none":
         positions = step.rows * (config.rollout.max_prompt + config.rollout.max_new)
         memory["learner: experts to replay"] = positions * math.prod(step.spec.routes) * np.dtype(np.int16).itemsize
-    memory["learner: activations of a microbatch"] = _activation_bytes(config, step)
+    memory[ACTIVATIONS] = _activation_bytes(config, step)
     return memory
 
 
@@ -195,27 +215,42 @@ def _cache_bytes(config: Config, step: Step) -> int:
 
 
 def _activation_bytes(config: Config, step: Step) -> int:
-    """What the backward pass of a microbatch keeps, by the remat setting, one layer recomputed, and the head's logits."""
-    spec, layout = step.spec, step.layout
-    item = jnp.dtype(config.model.dtype).itemsize
-    d, q, kv = spec.embed, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    """What the gradient of a microbatch keeps and makes: by the remat setting, one layer computed again, the head.
+
+    Attention scores and logits are there with their gradients, in at least float32.
+    """
+    spec, layout, sizes = step.spec, step.layout, step.mesh
+    dtype, tp = config.model.dtype, sizes["tp"]
+    item, wide = jnp.dtype(dtype).itemsize, max(jnp.dtype(dtype).itemsize, 4)
+    d, q, kv = spec.embed, spec.heads * spec.head_dim // tp, spec.kv_heads * spec.head_dim // tp
     mlp = max([spec.mlp] * (False in spec.sparse) + ([spec.experts.count * spec.experts.mlp] if spec.experts else []))
-    stream, products = spec.layers * d * item, decoder.kept_products(spec, config.model.dtype, step.on.platform)
-    scores = 2 * spec.heads * layout.length * max(item, 4)
-    rest = (8 * d + 5 * q + 4 * kv + 3 * mlp) * item + scores  # norms, rotations, gates
+    stream = spec.layers * d * item
+    products = 3 * stream + (decoder.kept_products(spec, dtype, step.on.platform) - 3 * stream) // tp
+    L, own = layout.context, layout.slots * layout.completion
+    keys = layout.length if layout.name != "shared" else (L * L + own * (L + layout.completion)) // layout.length
+    rest = (
+        8 * d + 5 * q + 4 * kv + 3 * mlp // tp
+    ) * item + 2 * spec.heads // tp * keys * wide  # norms, rotations, gates
     everything = products + spec.layers * rest
-    shards = math.prod(step.mesh[a] for a in rules.RULES["batch"])
+    shards = math.prod(sizes[a] for a in rules.RULES["batch"])
     tokens = layout.sequences * layout.length // shards
     remat = config.model.remat
     if remat == "auto":
-        remat = decoder.fitting_remat(spec, tokens, config.model.dtype, step.on)
+        remat = decoder.fitting_remat(spec, tokens, dtype, step.on)
     kept = {"none": everything, "dots": products, "full": stream}[remat]
     once = 0 if remat == "none" else everything // spec.layers
-    scored = layout.sequences * layout.slots * layout.completion // shards
-    logits = min(scored, config.model.head_chunk or scored) * spec.vocab
-    if not config.model.head_chunk:
-        logits = min(logits, CHUNK_ELEMENTS)
-    return (kept + once) * tokens + 2 * 4 * logits  # and their gradient, float32
+    return (kept + once) * tokens + _head_bytes(config, step, layout.sequences * own // shards)
+
+
+def _head_bytes(config: Config, step: Step, scored: int) -> int:
+    """Logits of so many tokens in float32 with their gradient, and the output matrix as it is gathered and accumulated."""
+    sizes, matrix = step.mesh, step.spec.embed * step.spec.vocab // step.mesh["tp"]
+    most = config.model.head_chunk * step.spec.vocab // sizes["tp"] or CHUNK_ELEMENTS
+    logits = min(scored * step.spec.vocab // sizes["tp"], most)
+    whole = sizes["fsdp"] == 1 and config.model.dtype == config.model.param_dtype
+    gathered = 0 if whole else matrix * jnp.dtype(config.model.dtype).itemsize
+    sums = 0 if logits < most else 4 * matrix // sizes["fsdp"]
+    return 2 * 4 * logits + gathered + sums
 
 
 def _names(names: Sequence[str]) -> str:

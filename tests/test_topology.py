@@ -1,0 +1,260 @@
+"""Programs compiled for TPUs that are not there, and what is read from the text of compiled programs."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxrl_llm import cli, config_load
+from jaxrl_llm.config import Mesh
+from jaxrl_llm.planning import hlo, topology
+from jaxrl_llm.sharding import target
+from jaxrl_llm.sharding.mesh import make_mesh
+from jaxrl_llm.training import plan
+
+try:
+    topology.devices("v5e:2x2")
+    MISSING = ""
+except ValueError as error:
+    MISSING = str(error)
+needs_libtpu = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
+CONFIG = """
+model:
+  dtype: bfloat16
+  spec: {model_type: qwen3, hidden_size: 512, intermediate_size: 1024, num_hidden_layers: 2, num_attention_heads: 8,
+         num_key_value_heads: 4, head_dim: 64, vocab_size: 32768, max_position_embeddings: 4096, tie_word_embeddings: true}
+tokenizer: {chars: "0123456789+= "}
+task: {kind: reasoning_gym, datasets: [{name: chain_sum}]}
+rollout: {prompts: 16, group_size: 8, max_prompt: 512, max_new: 512}
+learner: {microbatch_rows: 128}
+mesh: {fsdp: 2, tp: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("topology") / "base.yaml"
+    path.write_text(CONFIG)
+    return lambda *overrides: config_load.load(path, list(overrides))
+
+
+@pytest.fixture(scope="module")
+def report(config):
+    return topology.make(config(), "v5e:2x2")
+
+
+def mesh(**sizes):
+    return make_mesh(Mesh(**sizes), jax.devices()[:4])
+
+
+def work(f, *args, **kw):
+    return hlo.read(jax.jit(f, **kw).lower(*args).compile().as_text())
+
+
+# The text of compiled programs
+
+
+def test_matrix_products_count_as_often_as_their_loop_runs():
+    x, w = jnp.ones((8, 32)), jnp.ones((5, 32, 32))
+    assert work(lambda x, w: jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0], x, w).flops == 5 * 2 * 8 * 32 * 32
+
+
+def test_batched_products_cost_what_xla_says():
+    a, b, c = jnp.ones((4, 16, 24)), jnp.ones((4, 24, 8)), jnp.ones((8, 8))
+
+    def f(a, b, c):
+        return jnp.einsum("nij,njk->nik", a, b) @ c
+
+    expected = 2 * 4 * 16 * 24 * 8 + 2 * 4 * 16 * 8 * 8
+    assert work(f, a, b, c).flops == expected
+
+
+def test_a_batched_product_written_as_a_dilated_convolution_has_no_more_products():
+    """As TPU programs have it: the batch of 4 is a spatial dimension, and its window meets one element at each place."""
+    text = """
+ENTRY %main (a: f32[4,16,24], b: f32[4,24,8]) -> f32[4,16,8] {
+  %a = f32[4,16,24]{2,1,0} parameter(0)
+  %b = f32[4,24,8]{2,1,0} parameter(1)
+  ROOT %c = f32[4,16,8]{2,1,0} convolution(%a, %b), window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf
+}
+"""
+    assert hlo.read(text).flops == 2 * 4 * 16 * 24 * 8
+
+
+def test_a_slice_of_a_stack_is_traffic_of_the_slice():
+    text = """
+%fused (p: f32[10,64], i: s32[]) -> f32[1,64] {
+  %p = f32[10,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %s = f32[1,64]{1,0} dynamic-slice(%p, %i, %zero), dynamic_slice_sizes={1,64}
+}
+
+ENTRY %main (p: f32[10,64], i: s32[]) -> f32[1,64] {
+  %p = f32[10,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %f = f32[1,64]{1,0} fusion(%p, %i), kind=kLoop, calls=%fused
+}
+"""
+    assert hlo.read(text).bytes == 2 * 64 * 4 + 4
+
+
+def test_what_stays_in_the_core_s_own_memory_is_no_traffic():
+    text = """
+ENTRY %main (p: f32[64]) -> f32[64] {
+  %p = f32[64]{0:T(128)} parameter(0)
+  %c = f32[64]{0:T(128)S(1)} copy(%p)
+  ROOT %n = f32[64]{0:T(128)} negate(%c)
+}
+"""
+    assert hlo.read(text).bytes == 2 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("groups", "devices"),
+    [("{{0,1},{2,3}}", 2), ("[2,4]<=[8]", 4), ("mesh['axis_0'=2,'axis_1'=8] {'axis_1'}", 8)],
+)
+def test_a_collective_s_group_is_read_in_every_notation(groups, devices):
+    text = f"""
+ENTRY %main (p: f32[100]) -> f32[100] {{
+  %p = f32[100]{{0}} parameter(0)
+  ROOT %r = f32[100]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add
+}}
+"""
+    assert hlo.read(text).sent == pytest.approx(2 * 400 * (devices - 1) / devices)
+
+
+# Communication volume, on virtual CPU devices
+
+
+def test_fsdp_gathers_each_weight_once_and_reduces_its_gradient():
+    """(n-1)/n of the weight received by each device in the forward, and twice that for the all-reduced gradient."""
+    on, n, (d, f) = mesh(fsdp=4), 4, (64, 256)
+    w = jax.ShapeDtypeStruct((d, f), jnp.float32, sharding=NamedSharding(on, PartitionSpec("fsdp")))
+    x = jax.ShapeDtypeStruct((32, d), jnp.float32, sharding=NamedSharding(on, PartitionSpec("fsdp")))
+    whole, split = NamedSharding(on, PartitionSpec()), NamedSharding(on, PartitionSpec("fsdp"))
+
+    def forward(w, x):
+        return x @ jax.lax.with_sharding_constraint(w, whole)
+
+    seen = work(forward, w, x, out_shardings=split)
+    assert seen.collectives == {"all-gather": (1, d * f * 4 * (n - 1) / n)}
+
+    def gradient(w, x):
+        return jax.lax.with_sharding_constraint(x, split).T @ jax.lax.with_sharding_constraint(forward(w, x), split)
+
+    reduced = work(gradient, w, x, out_shardings=split).collectives
+    sent = sum(v for kind, (_, v) in reduced.items() if kind in ("all-reduce", "reduce-scatter"))
+    scattered, everywhere = d * f * 4 * (n - 1) / n, 2 * d * f * 4 * (n - 1) / n
+    assert any(sent == pytest.approx(volume) for volume in (scattered, everywhere))
+
+
+def test_tp_reduces_one_activation_for_each_pair_of_products():
+    """Column-parallel then row-parallel: one all-reduce of [tokens, D], 2 (n-1)/n of it sent by each device."""
+    on, n, (tokens, d, f) = mesh(tp=4, fsdp=1), 4, (32, 64, 256)
+    place = [PartitionSpec(), PartitionSpec(None, "tp"), PartitionSpec("tp")]
+    shapes = [(tokens, d), (d, f), (f, d)]
+    x, up, down = (jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(on, p)) for s, p in zip(shapes, place))
+    seen = work(
+        lambda x, up, down: jnp.tanh(x @ up) @ down, x, up, down, out_shardings=NamedSharding(on, PartitionSpec())
+    )
+    assert seen.collectives == {"all-reduce": (1, 2 * tokens * d * 4 * (n - 1) / n)}
+
+
+# What the user gives
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:4", "v5e:4x0", "v5p:4x4", "v9:2x2", "v5e:4xx4", "h100:8x8"])
+def test_a_topology_that_is_none_is_one_clear_line(name):
+    with pytest.raises(ValueError, match=re.escape(f"--topology {name!r}: expected v5e:AxB")):
+        topology.parse(name)
+
+
+def test_devices_and_topology_exclude_each_other(tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text(CONFIG)
+    assert cli.main(["plan", str(path), "--devices", "4", "--topology", "v5e:2x2"]) == 2
+    assert "--topology says how many there are" in capsys.readouterr().err
+
+
+def test_a_program_follows_the_platform_of_its_mesh():
+    seen = []
+    with jax.set_mesh(mesh(fsdp=4)):
+        jax.jit(lambda x: seen.append(target.current()) or x).lower(1.0)
+    assert seen == [target.own()] and seen[0].platform == "cpu"
+
+
+# Compiled for TPUs
+
+
+@needs_libtpu
+def test_a_program_for_tpus_is_traced_for_tpus():
+    on, seen = make_mesh(Mesh(fsdp=4), topology.devices("v5e:2x2")), []
+    with jax.set_mesh(on):
+        jax.jit(lambda x: seen.append(target.current()) or x).lower(1.0)
+    assert seen == [target.Target("tpu", "TPU v5 lite")]
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("name", "chips"), [("v5e:1x1", 1), ("v6e:4x4", 16), ("v5p:2x2x2", 8)])
+def test_every_chip_of_a_slice_is_a_device_of_its_kind(name, chips):
+    found = topology.devices(name)
+    chip, _ = topology.parse(name)
+    assert [d.device_kind for d in found] == [chip.kind] * chips
+
+
+@needs_libtpu
+def test_a_step_compiles_for_a_slice_and_fits(report):
+    assert [p.name for p in report.programs] == ["prepare", "prefill", "decode", "rescore", "gradient", "apply"]
+    assert report.fits and all(p.memory for p in report.programs)
+    assert {p.name: p.runs for p in report.programs} == {
+        "prepare": 1,
+        "prefill": 1,
+        "decode": 512,
+        "rescore": 1,
+        "gradient": 1,
+        "apply": 1,
+    }
+
+
+@needs_libtpu
+def test_the_gradient_costs_what_the_formula_for_transformers_says(report, config):
+    """6 FLOPs per parameter and token, attention and what is computed again besides: up to half as much more."""
+    gradient = next(p for p in report.programs if p.name == "gradient")
+    layout = report.step.layout
+    tokens = layout.sequences * layout.length
+    assert gradient.work is not None
+    inner = report.step.parameters["policy"] - 32768 * 512
+    scored = layout.sequences * layout.slots * layout.completion
+    least = (6 * inner * tokens + 6 * 32768 * 512 * scored) / 4
+    assert 1.0 < gradient.work.flops / least < 2.0
+
+
+@needs_libtpu
+@pytest.mark.parametrize("phase", ["decode", "gradient"])
+def test_the_quick_estimate_is_within_15_percent_of_what_is_compiled(report, phase):
+    program = next(p for p in report.programs if p.name == phase)
+    other = plan.ACTIVATIONS if phase == "decode" else plan.CACHES
+    left_out = {other} | ({"policy gradients"} if phase == "decode" else set())
+    step = report.step._replace(memory={k: v for k, v in report.step.memory.items() if k not in left_out})
+    np.testing.assert_allclose(plan.peak(step), program.needs, rtol=0.15)
+
+
+@needs_libtpu
+def test_the_report_names_memory_collectives_and_times(report):
+    text = topology.describe(report)
+    assert "v5e:2x2: 4 chips" in text and "never run on a TPU" in text and "fits" in text
+    assert re.search(r"gradient: .*all-gather × \d+", text) and "roofline of an RL step" in text
+
+
+@needs_libtpu
+def test_a_program_the_compiler_refuses_does_not_fit_and_says_by_how_much():
+    on = NamedSharding(make_mesh(Mesh(fsdp=4), topology.devices("v5e:2x2")), PartitionSpec())
+    lowered = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((2**16, 2**17), jnp.float32, sharding=on))
+    chip = target.CHIPS["v5e"]
+    refused = topology._compile("large", 1, lowered, (), {"parameters": 2**30}, chip)
+    assert refused.memory is None and refused.needs >= 33 * 2**30 > chip.memory
