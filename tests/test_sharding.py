@@ -1,6 +1,7 @@
 """Meshes and rules: the same numbers on every mesh, and what does not fit is said."""
 
 import logging
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -131,3 +132,23 @@ def test_fewer_devices_than_there_are_is_said(caplog):
     with caplog.at_level(logging.WARNING):
         assert make_mesh(Mesh(fsdp=2)).size == 2
     assert "2 of 8 devices" in caplog.text
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A device as far as a mesh looks at it."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "stub"
+    device_kind: str = "stub"
+
+
+def test_dp_goes_across_slices_and_the_other_axes_stay_inside():
+    chips = [Chip(i, slice_index=i % 2) for i in range(8)]
+    mesh = make_mesh(Mesh(dp=2, fsdp=2, tp=2), chips)
+    assert dict(mesh.shape) == {"dp": 2, "fsdp": 2, "tp": 2, "ep": 1, "sp": 1}
+    assert [{chip.slice_index for chip in replica.flat} for replica in mesh.devices] == [{0}, {1}]
+    with pytest.raises(ValueError, match=r"mesh\.dp=1: the devices are in 2 slices, expected a multiple of that"):
+        make_mesh(Mesh(dp=1, fsdp=8), chips)

@@ -54,6 +54,14 @@ def make_mesh(sizes: config.Mesh | None = None, devices: Sequence[Any] | None = 
         )
     if sizes and used < len(devices):
         logger.warning("the mesh uses %d of %d devices", used, len(devices))
+    slices = len({getattr(d, "slice_index", 0) for d in devices[:used]})
+    if shape[0] % slices:
+        raise ValueError(f"mesh.dp={shape[0]}: the devices are in {slices} slices, expected a multiple of that")
+    inside = (shape[0] // slices, *shape[1:])
     # `jax.make_mesh` refuses an axis that is neither a side of a TPU slice nor several whole ones, such as tp 2 on 4 x 4.
-    grid = mesh_utils.create_device_mesh(tuple(shape), devices[:used], allow_split_physical_axes=True)
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(inside, devices[:used], allow_split_physical_axes=True)
+    else:
+        across = (slices, *[1] * (len(AXES) - 1))
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices[:used], allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

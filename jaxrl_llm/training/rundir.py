@@ -52,16 +52,19 @@ class RunDir(NamedTuple):
 def claim(directory: str | Path, config: dict[str, Any]) -> Iterator[RunDir]:
     """Hold `directory` for this run: a new one, or an existing one with the same config, to be resumed.
 
-    Of several processes the first does so for all; they must share the directory. Writes the resolved config (`config.yaml`) once, and a line of versions, devices, commit and command per start
-    (`about.jsonl`).
+    Of several processes the first does so for all; they must share the directory. Writes the resolved config
+    (`config.yaml`) once, and a line of versions, devices, commit and command per start (`about.jsonl`).
 
     Args:
       config: the resolved config as plain data (`Config.model_dump(mode="json")`).
     Raises ValueError (one line) when the directory holds a run with another config (the first differing key is named) or
-    files that are no run, when another live process holds it, or when this process does not see it; OSError when it cannot
-    be written.
+    files that are no run, when another live process holds it, or when this process does not see it or has another config
+    than the first; OSError when it cannot be written.
     """
-    path = Path(directory)
+    path, config = Path(directory), json.loads(json.dumps(config))
+    if difference := first_difference(processes.from_lead(lambda: config, "the config"), config):
+        key, theirs, ours = difference
+        raise ValueError(f"{key}={ours!r}: process 0 has {theirs!r}, expected the same config on all processes")
     with ExitStack() as held:
         entered = processes.from_lead(lambda: held.enter_context(_claimed(path, config)), f"run.dir={path}")
         _check_shared(path, *entered)
@@ -71,7 +74,6 @@ def claim(directory: str | Path, config: dict[str, Any]) -> Iterator[RunDir]:
 @contextmanager
 def _claimed(path: Path, config: dict[str, Any]) -> Iterator[tuple[bool, str]]:
     """Whether the directory held the run already, and the line of this start."""
-    config = json.loads(json.dumps(config))
     path.mkdir(parents=True, exist_ok=True)
     with _locked(path / LOCK):
         saved = path / CONFIG
