@@ -6,9 +6,11 @@ Every attack is bounded: where the sandbox failed, it would still make at most t
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -89,6 +91,48 @@ def test_replies_come_in_order_and_end_where_the_program_ends():
         {"error": "ZeroDivisionError"},
         {"value": -1},
     ]
+
+
+SYSTEM_PYTHON = "/usr/bin/python3"
+
+
+def test_it_is_the_same_for_a_user_who_is_not_root(tmp_path):
+    """Who makes a user namespace first. The other tests are of this kind where they are not run by root."""
+    if os.geteuid() != 0:
+        pytest.skip("not root: every test is of this kind")
+    ask = [SYSTEM_PYTHON, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]
+    if not Path(SYSTEM_PYTHON).exists() or subprocess.run(ask).returncode:
+        pytest.skip("no Python 3.11 that every user may run")
+    for path in (sandbox.__file__, sandbox.MAIN):  # it imports nothing but the standard library
+        (tmp_path / Path(path).name).write_bytes(Path(path).read_bytes())
+    programs = [
+        "return x + 1",
+        "return open('a', 'w').write('abc')",
+        "import socket; socket.socket()",
+        "open('/etc/passwd')",
+    ]
+    (tmp_path / "ask.py").write_text(
+        "import json, os, sandbox\n"
+        f"replies = [sandbox.run('def f(x): ' + p, 'f', [[1]])[0] for p in {programs!r}]\n"
+        "print(json.dumps([os.geteuid(), *replies]))\n"
+    )
+    for path in (tmp_path, *tmp_path.iterdir()):
+        path.chmod(0o755)
+    with tempfile.TemporaryDirectory() as place:  # pytest's own directories are root's
+        shutil.copytree(tmp_path, place, dirs_exist_ok=True)
+        done = subprocess.run(
+            [SYSTEM_PYTHON, "ask.py"],
+            cwd=place,
+            user=65534,
+            group=65534,
+            extra_groups=[],
+            capture_output=True,
+            timeout=60,
+        )
+    denied = {"error": "PermissionError"}
+    assert json.loads(done.stdout or "null") == [65534, {"value": 2}, {"value": 3}, denied, denied], (
+        done.stderr.decode()
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- attacks

@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 
 from jaxrl_llm.config import Distributed
 from jaxrl_llm.launch import LOST
+from jaxrl_llm.redaction import redact
 
 BROKEN = 70  # exit code of an error nobody foresaw
 LOOK = 1.0  # seconds between two looks at whether another process has failed
@@ -111,12 +112,15 @@ def gather(value: Any, what: str) -> list[Any]:
         return [value]
     client = _client()
     number, _talk.said = _talk.said, _talk.said + 1
-    client.key_value_set(_key(number, index()), json.dumps(value))
-    deadline = time.monotonic() + _talk.limit
-    values = [json.loads(_wait(client, number, process, deadline, what)) for process in range(count())]
+    said = _exchange(client, f"said/{number}", json.dumps(value), _talk.limit, what)
     if number > 0:  # all have said this, so all have read the one before
-        client.key_value_delete(_key(number - 1, index()))
-    return values
+        client.key_value_delete(_key(f"said/{number - 1}", index()))
+    return [json.loads(text) for text in said]
+
+
+def meet(key: str, timeout_ms: int) -> None:
+    """A barrier that notices failures, for threads (orbax's `barrier_sync_fn`); each `key` once."""
+    _exchange(_client(), f"met/{key}", "", timeout_ms / 1000, f"the barrier {key}")
 
 
 def from_lead(make: Callable[[], Any], what: str) -> Any:
@@ -171,6 +175,7 @@ def run(settings: Distributed, work: Callable[[], int]) -> int:
 
 
 def _end(code: int, why: str) -> NoReturn:
+    why = redact(why)
     print(f"jaxrl_llm: process {index()} of {count()}: {why}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -181,15 +186,19 @@ def _end(code: int, why: str) -> NoReturn:
     os._exit(code)
 
 
-def _wait(client: Any, number: int, process: int, deadline: float, what: str) -> str:
+def _exchange(client: Any, name: str, text: str, limit: float, what: str) -> list[str]:
+    client.key_value_set(_key(name, index()), text)
+    deadline = time.monotonic() + limit
+    return [_wait(client, name, process, limit, deadline, what) for process in range(count())]
+
+
+def _wait(client: Any, name: str, process: int, limit: float, deadline: float, what: str) -> str:
     while True:
         left = deadline - time.monotonic()
         if left <= 0:
-            raise LostProcessError(
-                f"waited {_talk.limit:g} s for process {process} at {what} (distributed.wait_timeout)"
-            )
+            raise LostProcessError(f"waited {limit:g} s for process {process} at {what} (distributed.wait_timeout)")
         try:
-            return client.blocking_key_value_get(_key(number, process), max(1, int(1000 * min(left, LOOK))))
+            return client.blocking_key_value_get(_key(name, process), max(1, int(1000 * min(left, LOOK))))
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise LostProcessError(
@@ -199,8 +208,8 @@ def _wait(client: Any, number: int, process: int, deadline: float, what: str) ->
             raise LostProcessError(f"process {key.rsplit('/', 1)[1]} failed: {why}")
 
 
-def _key(number: int, process: int) -> str:
-    return f"jaxrl_llm/said/{number}/{process}"
+def _key(name: str, process: int) -> str:
+    return f"jaxrl_llm/{name}/{process}"
 
 
 def _client() -> Any:
