@@ -250,6 +250,8 @@ def test_the_checkout_is_installed_on_every_host_of_every_slice(pod):
     assert {word for call in calls for word in call if word.startswith("--worker")} == {"--worker=all"}
     assert calls[1][5:7] == [f"{pod.path}/jaxrl-pod.tar.gz", "jaxrl-pod-1:jaxrl_llm.tar.gz"]
     assert "mount -t nfs 10.0.0.2:/share /mnt/shared" in calls[2][7] and "-e '.[tpu]'" in calls[5][7]
+    assert pod.run("launch", "a.yaml").returncode == 0
+    assert all("mount -t nfs 10.0.0.2:/share /mnt/shared) && cd" in call[7] for call in pod.calls())
     assert pod.set(NFS="").run("install").returncode == 0
     assert not [call for call in pod.calls() if "nfs" in str(call)]
 
@@ -277,7 +279,7 @@ def hosts(pod):
         command = place / "jaxrl_llm" / ".venv" / "bin" / "jaxrl_llm"
         command.write_text(program)
         command.chmod(0o755)
-    pod.set(SLICES=2)
+    pod.set(SLICES=2, NFS="")
     pod.environment["PLACES"] = str(pod.path / "hosts")
     yield [place / "jaxrl_llm" for place in places]
     for place in places:

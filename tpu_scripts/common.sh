@@ -86,10 +86,16 @@ everywhere() {
   for node in $(nodes); do tpu tpu-vm ssh "$node" --worker=all --command="$1"; done
 }
 
+# The command that mounts NFS on a host where it is not: one that was restarted has lost it.
+shared() {
+  if [[ -n ${NFS:-} ]]; then echo "(mountpoint -q $MOUNT || sudo mount -t nfs $NFS $MOUNT)"; else echo true; fi
+}
+
 pod() {
   need PROJECT ZONE NAME TYPE RUNTIME QUEUED SPOT SLICES RUN_DIR
   [[ $QUEUED == true || $QUEUED == false ]] || die "QUEUED=$QUEUED: expected true or false"
   [[ $SPOT == true || $SPOT == false ]] || die "SPOT=$SPOT: expected true or false"
   [[ $SLICES =~ ^[1-9][0-9]*$ ]] || die "SLICES=$SLICES: expected a number of at least 1"
+  [[ -z ${NFS:-} ]] || need MOUNT
   [[ $SLICES == 1 || $QUEUED == true ]] || die "SLICES=$SLICES: multislice needs QUEUED=true"
 }

@@ -9,7 +9,7 @@ pod
 to=${REST[0]}
 
 node=$(nodes | head -n 1)
-tpu tpu-vm ssh "$node" --worker=0 --command="tar -czf results.tar.gz -C $(quoted "$RUN_DIR") --exclude=./checkpoints ."
+tpu tpu-vm ssh "$node" --worker=0 --command="tar -czf results.tar.gz -C $(quoted "$RUN_DIR") --exclude=./checkpoints . || [ \$? = 1 ]" # 1: a file grew meanwhile
 run mkdir -p "$to"
 tpu tpu-vm scp "$node:results.tar.gz" "$to/results.tar.gz" --worker=0
 run tar -xzf "$to/results.tar.gz" -C "$to"

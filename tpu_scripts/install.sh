@@ -14,8 +14,7 @@ done
 run rm "$package"
 
 if [[ -n ${NFS:-} ]]; then
-  need MOUNT
-  everywhere "mountpoint -q $MOUNT || (sudo apt-get -qq install -y nfs-common && sudo mkdir -p $MOUNT && sudo mount -t nfs $NFS $MOUNT)"
+  everywhere "sudo apt-get -qq install -y nfs-common && sudo mkdir -p $MOUNT && $(shared)"
 fi
 
 # The images have an older Python than the package needs; uv brings one.

@@ -8,5 +8,5 @@ pod
 ((${#REST[@]})) || die "no config given, such as configs/gsm8k.yaml"
 
 train=$(show .venv/bin/jaxrl_llm train "${REST[@]}" run.dir="$RUN_DIR" distributed.coordinator=auto)
-everywhere "cd $REMOTE && if kill -0 \$(cat train.pid 2> /dev/null) 2> /dev/null; then echo running already; else \
+everywhere "$(shared) && cd $REMOTE && if kill -0 \$(cat train.pid 2> /dev/null) 2> /dev/null; then echo running already; else \
 nohup setsid $train >> train.log 2>&1 < /dev/null & echo \$! > train.pid; fi"
