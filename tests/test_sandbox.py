@@ -432,6 +432,8 @@ def test_a_problem_without_tests_is_refused_in_one_line(change, message, tmp_pat
         ({"seconds": "1"}, "seconds='1', expected a positive number"),
         ({"namespaces": 1}, "namespaces=1, expected true or false"),
         ({"memory_mb": 1}, "sandbox: "),
+        ({"pattern": "("}, r"pattern='\(': missing \)"),
+        ({"pattern": "x"}, "pattern='x' has no group"),
     ],
 )
 def test_limits_that_cannot_be_are_refused_in_one_line(options, message):

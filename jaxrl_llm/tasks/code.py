@@ -23,12 +23,11 @@ def code(pattern: str = FENCE, partial: bool = False, **limits: Any) -> RewardFn
       limits: fields of `sandbox.Limits`.
     Raises ValueError (when called, and for bad options) if this machine has no sandbox; then nothing is run.
     """
-    allowed = limits_of(limits)
+    allowed, compiled = limits_of(limits), _compiled(pattern)
     if (found := sandbox.run("def f(x):\n    return x", "f", [[1]], allowed)) != [{"value": 1}]:
         raise ValueError(
             f"reward 'code': a program that returns 1 gave {found} within {allowed}, expected larger limits"
         )
-    compiled = re.compile(pattern, re.DOTALL)
 
     def reward(completion: str, record: Record) -> float:
         tests = record["tests"]
@@ -87,6 +86,16 @@ def check_problem(record: Record, where: str) -> None:
     for test in tests:
         if not isinstance(test, dict) or not isinstance(test.get("args"), list) or "expected" not in test:
             raise ValueError(f'{where}: test {test!r:.60}, expected {{"args": [...], "expected": value}}')
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"reward 'code': pattern={pattern!r}: {error}") from None
+    if not compiled.groups:
+        raise ValueError(f"reward 'code': pattern={pattern!r} has no group, expected one around the program")
+    return compiled
 
 
 def _program(text: str, pattern: re.Pattern[str]) -> str:
