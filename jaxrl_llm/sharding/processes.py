@@ -16,8 +16,9 @@ import sys
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import jax
@@ -44,6 +45,7 @@ class _Talk:
 
     limit: float = 1800.0  # seconds to wait for another process
     said: int = 0  # messages so far; the same on all processes, as all say the same in the same order
+    met: Counter[str] = field(default_factory=Counter)  # meetings so far, by barrier
 
 
 _talk = _Talk()
@@ -52,13 +54,21 @@ _talk = _Talk()
 def start(settings: Distributed) -> None:
     """Join the other processes, when there are to be any; before any computation.
 
-    Raises ValueError in one line when there is no cluster to detect or the others do not come.
+    Raises ValueError in one line when there is no cluster to detect.
     """
     if settings.coordinator is None:
         return
     # The loop stops on signals itself; JAX's handler would take SIGTERM away from it.
     jax.config.update("jax_enable_preemption_service", False)
     auto = settings.coordinator == "auto"
+    # JAX ends a process whose others do not come with a trace of its own: what that waited for must be said before.
+    who = "a process" if auto else f"process {settings.process} of {settings.processes}"
+    print(
+        f"jaxrl_llm: {who}: waits up to {settings.start_timeout} s for the others at distributed.coordinator="
+        f"{settings.coordinator}",
+        file=sys.stderr,
+        flush=True,
+    )
     try:
         jax.distributed.initialize(
             None if auto else settings.coordinator,
@@ -70,10 +80,9 @@ def start(settings: Distributed) -> None:
         )
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        expected = "a TPU, GKE, Slurm or Open MPI environment" if auto else "all processes to start and reach it"
+        expected = "a TPU, GKE, Slurm or Open MPI environment" if auto else "an address that process 0 can serve"
         raise ValueError(
-            f"distributed.coordinator={settings.coordinator!r}: expected {expected} within "
-            f"{settings.start_timeout} s; {reason[:300]}"
+            f"distributed.coordinator={settings.coordinator!r}: expected {expected}; {reason[:300]}"
         ) from None
     _talk.limit, _talk.said = settings.wait_timeout, 0
     if not lead():  # what all would say, one says
@@ -119,8 +128,9 @@ def gather(value: Any, what: str) -> list[Any]:
 
 
 def meet(key: str, timeout_ms: int) -> None:
-    """A barrier that notices failures, for threads (orbax's `barrier_sync_fn`); each `key` once."""
-    _exchange(_client(), f"met/{key}", "", timeout_ms / 1000, f"the barrier {key}")
+    """A barrier that notices failures, for threads too (orbax's `barrier_sync_fn`). All meet at a `key` equally often."""
+    _talk.met[key] += 1
+    _exchange(_client(), f"met/{key}/{_talk.met[key]}", "", timeout_ms / 1000, f"the barrier {key}")
 
 
 def from_lead(make: Callable[[], Any], what: str) -> Any:

@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import Array, UInt32
+from orbax.checkpoint.options import AsyncOptions
 
 from jaxrl_llm.sharding import processes
 from jaxrl_llm.training import host_state
@@ -49,7 +50,11 @@ class Checkpoints:
     def __init__(self, directory: str | Path, keep: int = 2, keep_best: bool = False):
         self.directory = Path(directory).absolute()
         self._retention = Retention(keep, keep_best, {})
-        options = ocp.CheckpointManagerOptions(preservation_policy=self._retention, cleanup_tmp_directories=True)
+        # Orbax's own barrier would wait for processes that have said that they failed.
+        barrier = AsyncOptions(barrier_sync_fn=processes.meet) if processes.count() > 1 else None
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._retention, cleanup_tmp_directories=True, async_options=barrier
+        )
         with self._reporting("cannot use"):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
             for step in self.steps():
@@ -205,7 +210,7 @@ class Checkpoints:
     def _reporting(self, what: str):
         try:
             yield
-        except (TypeError, CheckpointError):
+        except (TypeError, CheckpointError, processes.LostProcessError):
             raise
         except Exception as e:
             whole = self.steps() if hasattr(self, "_manager") else []
