@@ -1,6 +1,7 @@
 """Programs compiled for TPUs that are not there, and what is read from the text of compiled programs."""
 
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +26,14 @@ needs_libtpu = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 CONFIG = """
 model:
   dtype: bfloat16
+  remat: full
   spec: {model_type: qwen3, hidden_size: 512, intermediate_size: 1024, num_hidden_layers: 2, num_attention_heads: 8,
-         num_key_value_heads: 4, head_dim: 64, vocab_size: 32768, max_position_embeddings: 4096, tie_word_embeddings: true}
+         num_key_value_heads: 4, head_dim: 64, vocab_size: 8192, max_position_embeddings: 4096, tie_word_embeddings: true}
 tokenizer: {chars: "0123456789+= "}
 task: {kind: reasoning_gym, datasets: [{name: chain_sum}]}
-rollout: {prompts: 16, group_size: 8, max_prompt: 512, max_new: 512}
-learner: {microbatch_rows: 128}
-mesh: {fsdp: 2, tp: 2}
+rollout: {prompts: 4, group_size: 4, max_prompt: 128, max_new: 128}
+learner: {microbatch_rows: 16}
+mesh: {fsdp: 4}
 """
 
 
@@ -214,7 +216,7 @@ def test_a_step_compiles_for_a_slice_and_fits(report):
     assert {p.name: p.runs for p in report.programs} == {
         "prepare": 1,
         "prefill": 1,
-        "decode": 512,
+        "decode": 128,
         "rescore": 1,
         "gradient": 1,
         "apply": 1,
@@ -222,26 +224,35 @@ def test_a_step_compiles_for_a_slice_and_fits(report):
 
 
 @needs_libtpu
-def test_the_gradient_costs_what_the_formula_for_transformers_says(report, config):
-    """6 FLOPs per parameter and token, attention and what is computed again besides: up to half as much more."""
+def test_the_gradient_costs_what_the_formula_for_transformers_says(report):
+    """6 FLOPs per parameter and token, 2 more where the forward is computed again, and attention."""
     gradient = next(p for p in report.programs if p.name == "gradient")
-    layout = report.step.layout
-    tokens = layout.sequences * layout.length
+    layout, head = report.step.layout, 8192 * 512
+    tokens, scored = layout.sequences * layout.length, layout.sequences * layout.slots * layout.completion
+    least = 6 * ((report.step.parameters["policy"] - head) * tokens + head * scored) / 4
     assert gradient.work is not None
-    inner = report.step.parameters["policy"] - 32768 * 512
-    scored = layout.sequences * layout.slots * layout.completion
-    least = (6 * inner * tokens + 6 * 32768 * 512 * scored) / 4
     assert 1.0 < gradient.work.flops / least < 2.0
 
 
 @needs_libtpu
-@pytest.mark.parametrize("phase", ["decode", "gradient"])
-def test_the_quick_estimate_is_within_15_percent_of_what_is_compiled(report, phase):
+@pytest.mark.parametrize("phase", ["prepare", "prefill", "decode", "apply"])
+def test_what_is_held_is_estimated_within_15_percent_of_what_is_compiled(report, phase):
+    """Small gradients are left out, as their temporaries are in the core's own memory; the next test has large ones."""
     program = next(p for p in report.programs if p.name == phase)
-    other = plan.ACTIVATIONS if phase == "decode" else plan.CACHES
-    left_out = {other} | ({"policy gradients"} if phase == "decode" else set())
+    others = {"decode": {"policy gradients"}, "apply": {plan.CACHES}}.get(phase, {"policy gradients", plan.CACHES})
+    left_out = others | {plan.ACTIVATIONS}
     step = report.step._replace(memory={k: v for k, v in report.step.memory.items() if k not in left_out})
     np.testing.assert_allclose(plan.peak(step), program.needs, rtol=0.15)
+
+
+def test_the_quick_estimate_is_within_15_percent_of_the_models_that_were_compiled(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import topologies
+
+    for key, exact in topologies.load()["compiled"].items():
+        quick = topologies.estimate(*key.split("@"))
+        assert (quick["fsdp"], quick["tp"]) == (exact["fsdp"], exact["tp"]), key
+        np.testing.assert_allclose(quick["bytes"], exact["bytes"], rtol=0.15, err_msg=key)
 
 
 @needs_libtpu

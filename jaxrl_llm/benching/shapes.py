@@ -22,6 +22,14 @@ _SMALL = {
     "tie_word_embeddings": True,
 }
 _QWEN2 = {"model_type": "qwen2", "rope_theta": 1e6, "vocab_size": 151936, "tie_word_embeddings": True}
+_QWEN3 = {
+    "model_type": "qwen3",
+    "rope_theta": 1e6,
+    "vocab_size": 151936,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+}
 # config.json keys by the name `bench --model` takes. The small ones are the shapes the peers are measured on.
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2-5m": {**_SMALL, "model_type": "qwen2", "intermediate_size": 1024},
@@ -43,16 +51,33 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
     },
     "qwen3-4b": {
-        "model_type": "qwen3",
-        "rope_theta": 1e6,
-        "vocab_size": 151936,
+        **_QWEN3,
         "hidden_size": 2560,
         "intermediate_size": 9728,
         "num_hidden_layers": 36,
         "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
         "tie_word_embeddings": True,
+    },
+    "qwen3-8b": {
+        **_QWEN3,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+    },
+    "qwen3-14b": {
+        **_QWEN3,
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+    },
+    "qwen3-32b": {
+        **_QWEN3,
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
     },
 }
 

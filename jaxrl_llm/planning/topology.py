@@ -32,8 +32,9 @@ from jaxrl_llm.training.state import POLICY
 from jaxrl_llm.types import Rollouts
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-# On a machine that is no TPU host, libtpu must not look for one.
+# On a machine that is no TPU host libtpu must not look for one, and as no chip is touched several processes may load it.
 ALONE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
+ALONE |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 # Custom calls with which the TPU compiler says something to itself; the others are kernels.
