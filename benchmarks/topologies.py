@@ -40,14 +40,19 @@ SETTINGS = [
 ]
 
 
+def mesh_of(model: str, chips: int, tp: int) -> dict[str, int]:
+    """As much FSDP as divides the model's width, which it shards; dp for the rest."""
+    fsdp = math.gcd(chips // tp, shapes.MODELS[model]["hidden_size"])
+    return {"dp": chips // tp // fsdp, "fsdp": fsdp, "tp": tp}
+
+
 def config_of(model: str, chips: int, tp: int) -> Config:
     shards = chips // tp
     return shapes.config_of(
         model,
         [
             *SETTINGS,
-            f"mesh.fsdp={shards}",
-            f"mesh.tp={tp}",
+            *(f"mesh.{axis}={n}" for axis, n in mesh_of(model, chips, tp).items()),
             f"rollout.slots={SLOTS * shards}",
             f"learner.microbatch_rows={GROUP * shards}",
         ],
@@ -63,7 +68,7 @@ def estimate(model: str, name: str) -> dict[str, Any]:
         if chips % tp or heads % tp or chips // tp > PROMPTS:
             continue
         step = plan.make(config_of(model, chips, tp), chips, Target("tpu", chip.kind))
-        found.append({"fsdp": chips // tp, "tp": tp, "bytes": plan.peak(step), "memory": chip.memory})
+        found.append({**mesh_of(model, chips, tp), "bytes": plan.peak(step), "memory": chip.memory})
     return next((f for f in found if f["bytes"] <= chip.memory), min(found, key=lambda f: f["bytes"]))
 
 
@@ -84,8 +89,7 @@ def compiled(model: str, name: str) -> dict[str, Any]:
         for p in report.programs
     ]
     return {
-        "fsdp": mesh["fsdp"],
-        "tp": mesh["tp"],
+        **{axis: mesh[axis] for axis in ("dp", "fsdp", "tp")},
         "fits": report.fits,
         "bytes": report.peak,
         "estimate": plan.peak(report.step),
@@ -112,7 +116,7 @@ def table(results: dict[str, Any]) -> str:
             ]
             lines.append(f"| {model} | " + " | ".join(cells) + " |")
     exact = [
-        f"| {key} | fsdp {c['fsdp']} × tp {c['tp']} | {c['bytes'] / 2**30:.2f} | {c['estimate'] / 2**30:.2f} "
+        f"| {key} | {_mesh(c)} | {c['bytes'] / 2**30:.2f} | {c['estimate'] / 2**30:.2f} "
         f"| {100 * (c['estimate'] / c['bytes'] - 1):+.0f} % | {c['roofline_seconds']:.3g} |"
         for key, c in sorted(results["compiled"].items())
     ]
@@ -120,10 +124,15 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines + head + exact).strip()
 
 
+def _mesh(used: dict[str, Any]) -> str:
+    axes = ("dp", "fsdp", "tp") if used.get("dp", 1) > 1 else ("fsdp", "tp")
+    return " × ".join(f"{axis} {used[axis]}" for axis in axes)
+
+
 def _cell(quick: dict[str, Any], exact: dict[str, Any] | None) -> str:
     used = exact or quick
     fits = exact["fits"] if exact else quick["bytes"] <= quick["memory"]
-    said = f"fsdp {used['fsdp']} × tp {used['tp']}, {used['bytes'] / 2**30:.1f}"
+    said = f"{_mesh(used)}, {used['bytes'] / 2**30:.1f}"
     return (f"**{said}**" if exact else said) if fits else f"no ({used['bytes'] / 2**30:.0f})"
 
 
