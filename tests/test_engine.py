@@ -145,6 +145,26 @@ def test_policy_logp_is_at_the_default_temperature_whatever_the_call_samples_at(
     assert_logps_are_teacher_forced(CONTEXTS, answers, temperature=taus)
 
 
+def test_two_streams_on_a_cpu_write_what_one_does(plain):
+    counts = [9, 1, 3, 9, 10]  # a context's rows are in both streams
+    limits = [3, 10, 1, 7, 5]
+    two = engine(slots=16)
+    assert [len(shards[0]) for shards in two._streams(sum(counts))] == [16, 16]
+    assert len(plain._streams(sum(counts))) == len(two._streams(15)) == 1
+    told: dict[int, int] = {}
+    got = two.generate(
+        CONTEXTS, counts, seed=6, step=2, max_new=limits, on_finished=lambda i, c: told.update({i: len(c.tokens)})
+    )
+    want = plain.generate(CONTEXTS, counts, seed=6, step=2, max_new=limits)
+    assert_same(flat(got), flat(want), plain.stats["item_margins"])
+    assert told == {i: len(c.tokens) for i, c in enumerate(flat(got))}
+    assert two.stats["tokens"] == sum(told.values()) and two.stats["item_margins"].shape == (32,)
+    assert_logps_are_teacher_forced(CONTEXTS, got)
+    compiled = two.compilations
+    two.generate(CONTEXTS, counts, seed=7, step=2, max_new=limits)
+    assert two.compilations == compiled, "both run the same programs"
+
+
 def test_nothing_cached_survives_a_weight_update(plain):
     before = plain.generate(CONTEXTS, COUNTS, seed=0, step=0)
     newer = sharp(SPEC, 5)
@@ -375,7 +395,7 @@ def test_slots_that_share_a_lane_write_what_slots_alone_do(plain):
     limits = [3, 10, 1, 7, 5]  # so places and lanes fall free at different times
     shared, alone = engine(), engine(batch_invariant=True)
     got, want = (e.generate(CONTEXTS, counts, seed=3, step=3, max_new=limits) for e in (shared, alone))
-    assert shared._shape(CONTEXTS, np.repeat(range(5), counts), sum(counts)) == (4, (2, 4))
+    assert shared._shape(CONTEXTS, np.repeat(range(5), counts), streams=1, items=sum(counts)) == (4, (2, 4))
     assert_same(flat(got), flat(want), alone.stats["item_margins"])
     assert_logps_are_teacher_forced(CONTEXTS, got)
 

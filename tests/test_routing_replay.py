@@ -132,7 +132,7 @@ def test_the_gradient_under_replay_does_not_depend_on_layout_split_route_or_mesh
     for settings in (
         {"layout": "shared", "route": "joint", "microbatch_rows": 2},
         {"layout": "packed", "route": "joint", "microbatch_rows": 2},
-        {"layout": "shared", "sizes": (("fsdp", 2), ("ep", 2))},
+        {"layout": "shared", "route": "joint", "sizes": (("fsdp", 2), ("ep", 2))},
     ):
         assert_close(gradient(learner(**settings, by=0.5), batch), expected, 1e-10)
     bare = types.replace(batch, extras={})

@@ -6,11 +6,13 @@ are gathered and decoding goes on at the next power of two. Counts and lengths a
 compiles a few programs at its start and none later; temperatures, limits and truncation are arrays.
 
 On a mesh the items are dealt out over (dp, fsdp) in equal runs, and every shard works off its own queue without talking to
-the others; weights are replicated over those axes and split over tp.
+the others; weights are replicated over those axes and split over tp. On a CPU there are two such loops side by side (streams).
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import jax
@@ -109,6 +111,7 @@ class Engine:
         self._shard = NamedSharding(mesh, PartitionSpec(SHARDED))
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._params = self._weights = self.version = None
+        self._compiling = Lock()  # two loops need the same programs: one compiles, the other waits for it
         table = None
         if stop_strings:
             if pieces is None:
@@ -165,15 +168,22 @@ class Engine:
         owner = np.repeat(np.arange(len(contexts)), n)
         if not len(owner):
             return [[] for _ in contexts]
-        shards = np.array_split(np.arange(len(owner)), self._shards)  # items of every shard: equal runs
+        streams = self._streams(len(owner))
+        size, lanes = self._shape(contexts, owner, len(streams), max(len(items) for items in streams[0]))
         with jax.set_mesh(self.mesh):
             keys = np.asarray(self._keys(seed, step, first_item + np.arange(_power(len(owner)), dtype=np.int32)))
-            size, lanes = self._shape(contexts, owner, max(len(items) for items in shards))
-            pool, queue, went = self._upload(contexts, owner, shards, lanes[1], keys, limits, sampling)
-            truncated = _truncated(sampling)
-            done = Results(len(owner), self.max_new, int(self.version or 0), on_finished, went)
-            slots = self._idle(size, lanes, pool[0].v.shape[-2], queue)
-            self._loop(truncated, size, slots, pool, queue, shards, put(hook_state, self._everywhere), done)
+            begun, went = [], []
+            for shards in streams:
+                pool, queue, routes = self._upload(contexts, owner, shards, lanes[1], keys, limits, sampling)
+                begun.append((shards, self._idle(size, lanes, pool[0].v.shape[-2], queue), pool, queue))
+                went += routes or []
+            done = Results(len(owner), self.max_new, int(self.version or 0), on_finished, went or None)
+            rest = _truncated(sampling), size, put(hook_state, self._everywhere), done
+        with ThreadPoolExecutor(1, "rollout") as thread:
+            beside = [thread.submit(self._loop, *stream, *rest) for stream in begun[1:]]
+            self._loop(*begun[0], *rest)
+            for loop in beside:
+                loop.result()
         self.stats = done.stats() | {"compilations": self.compilations, "contexts": len(contexts)}
         completions = iter(done.completions)
         return [[next(completions) for _ in range(k)] for k in n]  # type: ignore[misc]
@@ -205,13 +215,22 @@ class Engine:
             full("min_p", min_p, np.float32),
         )
 
-    def _shape(self, contexts, owner, items: int) -> tuple[int, tuple[int, int]]:
-        """Slots of a shard for so many items, and its lanes with their places.
+    def _streams(self, items: int) -> list[list[np.ndarray]]:
+        """The items of every shard of every stream, equal runs. Two streams keep a CPU's cores busy: what one does on a single
+        core the other need not wait for."""
+        alone = self._shards > 1 or self.batch_invariant or min(items, self.slots or items) < 2 * MIN_SLOTS
+        count = 1 if alone or target.of(self.mesh).platform != "cpu" else 2
+        runs = np.array_split(np.arange(items), count * self._shards)
+        return [runs[i * self._shards : (i + 1) * self._shards] for i in range(count)]
+
+    def _shape(self, contexts, owner, streams: int, items: int) -> tuple[int, tuple[int, int]]:
+        """Slots of a shard of a stream for so many items, and its lanes with their places.
 
         Lanes are shared where a step reads more of contexts than of own tokens. There are twice as many as full ones
         would do, so that stragglers seldom keep an idle slot from the queue (measured: 2 against 3, 4 and 8).
         """
-        size = -(-self.slots // self._shards) if self.slots else most_slots(target.of(self.mesh).platform)
+        size = self.slots or most_slots(target.of(self.mesh).platform) * self._shards
+        size = -(-size // (self._shards * streams))
         if self.batch_invariant:
             return size, (size, 1)
         size = min(size, _power(items))
@@ -229,10 +248,10 @@ class Engine:
         """
         prompts, owner = [np.zeros(self.max_prompt, np.int32)] * contexts, np.repeat(np.arange(contexts), n)
         limits, sampling = self._check(prompts, [n] * contexts, None, None, None, None, None)
-        shards = np.array_split(np.arange(len(owner)), self._shards)
-        size, lanes = self._shape(prompts, owner, max(len(items) for items in shards))
+        streams = self._streams(len(owner))
+        size, lanes = self._shape(prompts, owner, len(streams), max(len(items) for items in streams[0]))
         keys = np.zeros((len(owner), 2), np.uint32)
-        tokens, queue, batch, held = self._deal(prompts, owner, shards, lanes[1], keys, limits, sampling)
+        tokens, queue, batch, held = self._deal(prompts, owner, streams[0], lanes[1], keys, limits, sampling)
 
         def shaped(tree: Any, sharding: Any) -> Any:
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
@@ -289,28 +308,32 @@ class Engine:
         )
         return tokens, queue, prefill_batch(rows, columns), max(len(c) for c in local)
 
-    def _loop(self, truncated, size, slots, pool, queue, shards, hook_state, done: Results) -> None:
+    def _loop(self, shards, slots, pool, queue, truncated, size, hook_state, done: Results) -> None:
         """Decode until every shard has emptied its queue; sort logs into completions while the device goes on."""
         total = np.array([len(items) for items in shards], np.int32)
         first = np.array([items[0] if len(items) else 0 for items in shards])
-        counts, last = put(total, self._shard), None
-        while True:
-            smaller = 0 if self.batch_invariant or size <= MIN_SLOTS else size // 2
-            # Alone, a shard may stop as soon as half its slots suffice; with others it would only wait for them.
-            shrink_at = smaller if self._shards == 1 else 0
-            slots, log, status = self._decode(
-                truncated, self._weights, pool, queue, counts, shrink_at, self._stop_table, hook_state, slots
-            )
-            if last is not None:
-                done.add(*last)  # while the device is busy
-            live, taken, steps = np.asarray(status).T
-            last = (log, steps, first, size)
-            if (taken >= total).all():
-                if live.max() == 0:
-                    return done.add(*last)
-                if live.max() <= smaller:
-                    size = min(smaller, max(MIN_SLOTS, _power(int(live.max()))))
-                    slots, pool, queue = self._compact(size, slots), None, None
+        last = None
+        with jax.set_mesh(self.mesh):
+            counts = put(total, self._shard)
+            while True:
+                smaller = 0 if self.batch_invariant or size <= MIN_SLOTS else size // 2
+                # Alone, a shard may stop as soon as half its slots suffice; with others it would only wait for them.
+                shrink_at = smaller if self._shards == 1 else 0
+                with self._compiling:
+                    slots, log, status = self._decode(
+                        truncated, self._weights, pool, queue, counts, shrink_at, self._stop_table, hook_state, slots
+                    )
+                if last is not None:
+                    done.add(*last)  # while the device is busy
+                live, taken, steps = np.asarray(status).T
+                last = (log, steps, first, size)
+                if (taken >= total).all():
+                    if live.max() == 0:
+                        return done.add(*last)
+                    if live.max() <= smaller:
+                        size = min(smaller, max(MIN_SLOTS, _power(int(live.max()))))
+                        with self._compiling:
+                            slots, pool, queue = self._compact(size, slots), None, None
 
     def _compile(self, settings: decode.Settings) -> None:
         """The jitted programs. Inside, every shard sees only its own leading index, which is dropped."""

@@ -1,6 +1,7 @@
-"""What came of the decode loop: its logs, sorted into completions."""
+"""What came of the decode loops: their logs, sorted into completions."""
 
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ STOP_NAMES = {decode.ON_TOKEN: STOP_TOKEN, decode.ON_STRING: STOP_STRING, decode
 
 
 class Results:
-    """Logs of the decode loop, sorted into completions."""
+    """Logs of decode loops, sorted into completions; several may add theirs at a time."""
 
     def __init__(
         self,
@@ -33,10 +34,15 @@ class Results:
         self.version, self.on_finished, self.went = version, on_finished, went
         self.routes = None if went is None else np.zeros((items, max_new, *went[0].shape[1:]), went[0].dtype)
         self.steps = self.slot_steps = self.new_tokens = self.close = 0
+        self._adding = Lock()
 
     def add(self, log: decode.Log, steps: np.ndarray, first: np.ndarray, size: int) -> None:
         """One log [D, C, S] of which each shard wrote `steps` rows; `first` is each shard's first item of the call."""
         host = jax.device_get(log)
+        with self._adding:
+            self._add(host, steps, first, size)
+
+    def _add(self, host: decode.Log, steps: np.ndarray, first: np.ndarray, size: int) -> None:
         at = host.item >= 0
         item, age = (host.item + first[:, None, None])[at], host.age[at]
         self.tokens[item, age] = host.token[at]
