@@ -161,7 +161,8 @@ def fit(layout: Layout, rows: HostRows, shards: int = 1, whole: bool = False) ->
         return -(-need // sequences) * sequences * tokens, small._replace(slots=slots, sequences=sequences)
 
     fewer = [max(layout.slots // n, 1) for n in (2, 4)]
-    return min(cut(layout.slots, 1), *(cut(slots, 1 if whole else 3) for slots in fewer), key=lambda choice: choice[0])[1]
+    choices = [cut(layout.slots, 1), *(cut(slots, 1 if whole else 3) for slots in fewer)]
+    return min(choices, key=lambda choice: choice[0])[1]
 
 
 def _halved(room: int, need: int) -> int:
