@@ -16,9 +16,9 @@ import sys
 import time
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import jax
@@ -45,7 +45,7 @@ class _Talk:
 
     limit: float = 1800.0  # seconds to wait for another process
     said: int = 0  # messages so far; the same on all processes, as all say the same in the same order
-    met: Counter[str] = field(default_factory=Counter)  # meetings so far, by barrier
+    met: int = 0  # barriers so far
 
 
 _talk = _Talk()
@@ -128,9 +128,18 @@ def gather(value: Any, what: str) -> list[Any]:
 
 
 def meet(key: str, timeout_ms: int) -> None:
-    """A barrier that notices failures, for threads too (orbax's `barrier_sync_fn`). All meet at a `key` equally often."""
-    _talk.met[key] += 1
-    _exchange(_client(), f"met/{key}/{_talk.met[key]}", "", timeout_ms / 1000, f"the barrier {key}")
+    """A barrier for threads too (orbax's `barrier_sync_fn`), where all come to the same barriers in the same order.
+
+    Raises LostProcessError when another process failed, has not come in time, or is at another barrier: after an error of
+    one, orbax has it wait at the next while the others still wait at this one.
+    """
+    number, _talk.met = _talk.met, _talk.met + 1
+    client = _client()
+    for process, theirs in enumerate(_exchange(client, f"met/{number}", key, timeout_ms / 1000, f"the barrier {key}")):
+        if theirs != key:
+            raise LostProcessError(f"process {process} is at the barrier {theirs}, this one at {key}")
+    if number > 0:
+        client.key_value_delete(_key(f"met/{number - 1}", index()))
 
 
 def from_lead(make: Callable[[], Any], what: str) -> Any:
@@ -186,13 +195,14 @@ def run(settings: Distributed, work: Callable[[], int]) -> int:
 
 def _end(code: int, why: str) -> NoReturn:
     why = redact(why)
-    print(f"jaxrl_llm: process {index()} of {count()}: {why}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
     if code != LOST:
-        _client().key_value_set(f"{FAILED}{index()}", why)
-        if lead():  # the others hear it from this process's service
-            time.sleep(2 * LOOK)
+        with suppress(jax.errors.JaxRuntimeError):  # the service may be gone
+            _client().key_value_set(f"{FAILED}{index()}", why)
+    with suppress(OSError):  # stderr may be a file on a full disk
+        print(f"jaxrl_llm: process {index()} of {count()}: {why}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    if code != LOST and lead():  # the others hear it from this process's service
+        time.sleep(2 * LOOK)
     os._exit(code)
 
 

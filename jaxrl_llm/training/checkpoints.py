@@ -210,9 +210,10 @@ class Checkpoints:
     def _reporting(self, what: str):
         try:
             yield
-        except (TypeError, CheckpointError, processes.LostProcessError):
+        except (TypeError, CheckpointError):
             raise
-        except Exception as e:
+        except Exception as error:
+            e = _cause(error)
             whole = self.steps() if hasattr(self, "_manager") else []
             last = f"the last good checkpoint is step {whole[-1]}" if whole else "there is no good checkpoint yet"
             raise CheckpointError(f"checkpoints: {what} {self.directory}: {_one_line(e)}; {last}") from e
@@ -348,6 +349,20 @@ def _fingerprint(x: Any, xp: Any) -> Any:
 def _on_device(x: Array) -> Array:
     offloaded = x.sharding.memory_kind not in (None, "device")
     return jax.device_put(x, x.sharding.with_memory_kind("device")) if offloaded else x
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error of this process that one of another process followed, as orbax then waits for the others; else itself.
+
+    Raises the error when it is only that of another process.
+    """
+    other = (processes.LostProcessError, jax.errors.JaxRuntimeError)
+    e: BaseException | None = error
+    while e is not None and isinstance(e, other):
+        e = e.__context__
+    if e is None and isinstance(error, processes.LostProcessError):
+        raise error
+    return e or error
 
 
 def _one_line(e: BaseException) -> str:
