@@ -178,12 +178,12 @@ class Engine:
                 begun.append((shards, self._idle(size, lanes, pool[0].v.shape[-2], queue), pool, queue))
                 went += routes or []
             done = Results(len(owner), self.max_new, int(self.version or 0), on_finished, went or None)
-            rest = _truncated(sampling), size, put(hook_state, self._everywhere), done
+            loop = partial(self._loop, _truncated(sampling), size, put(hook_state, self._everywhere), done)
         with ThreadPoolExecutor(1, "rollout") as thread:
-            beside = [thread.submit(self._loop, *stream, *rest) for stream in begun[1:]]
-            self._loop(*begun[0], *rest)
-            for loop in beside:
-                loop.result()
+            beside = [thread.submit(loop, *stream) for stream in begun[1:]]
+            loop(*begun[0])
+            for stream in beside:
+                stream.result()
         self.stats = done.stats() | {"compilations": self.compilations, "contexts": len(contexts)}
         completions = iter(done.completions)
         return [[next(completions) for _ in range(k)] for k in n]  # type: ignore[misc]
@@ -308,7 +308,7 @@ class Engine:
         )
         return tokens, queue, prefill_batch(rows, columns), max(len(c) for c in local)
 
-    def _loop(self, shards, slots, pool, queue, truncated, size, hook_state, done: Results) -> None:
+    def _loop(self, truncated, size, hook_state, done: Results, shards, slots, pool, queue) -> None:
         """Decode until every shard has emptied its queue; sort logs into completions while the device goes on."""
         total = np.array([len(items) for items in shards], np.int32)
         first = np.array([items[0] if len(items) else 0 for items in shards])

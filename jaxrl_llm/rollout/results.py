@@ -48,7 +48,7 @@ class Results:
         self.tokens[item, age] = host.token[at]
         self.sampler_logp[item, age] = host.sampler_logp[at]
         self.policy_logp[item, age] = host.policy_logp[at]
-        if self.routes is not None:
+        if self.routes is not None and host.routes is not None:
             self.routes[item, age] = host.routes[at]
         np.minimum.at(self.margins, item, host.margin[at])
         self.close += int(np.sum(host.margin[at] < CLOSE))
@@ -56,7 +56,8 @@ class Results:
         self.steps += int(steps.max())
         self.slot_steps += int(steps.max()) * size * len(steps)
         reason = host.reason[at]
-        for i, n, why in zip(*(x[reason != decode.GOING] for x in (item, age + 1, reason))):
+        ended = reason != decode.GOING
+        for i, n, why in zip(item[ended], age[ended] + 1, reason[ended]):
             arrays = (x[i, :n].copy() for x in (self.tokens, self.sampler_logp, self.policy_logp))
             routes = None
             if self.routes is not None and self.went is not None:
