@@ -116,6 +116,53 @@ ENTRY %main (p: f32[64]) -> f32[64] {
     assert hlo.read(text).bytes == 2 * 64 * 4
 
 
+def test_a_collective_whose_steps_are_spread_over_a_loop_runs_once_and_is_no_traffic_of_it():
+    text = """
+%start (p: f32[4]) -> f32[8] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %g = f32[8]{0} all-gather(%p), channel_id=3, replica_groups={{0,1}}, dimensions={0}
+}
+
+%step (p: f32[4], q: f32[8], x: f32[100]) -> (f32[8], f32[100]) {
+  %p = f32[4]{0} parameter(0)
+  %q = f32[8]{0} parameter(1)
+  %x = f32[100]{0} parameter(2)
+  %n = f32[100]{0} negate(%x)
+  %g = f32[8]{0} all-gather(%p), channel_id=3, replica_groups={{0,1}}, dimensions={0}
+  ROOT %t = (f32[8]{0}, f32[100]{0}) tuple(%g, %n)
+}
+
+%body (c: (s32[], f32[4], f32[8], f32[100])) -> (s32[], f32[4], f32[8], f32[100]) {
+  %c = (s32[], f32[4]{0}, f32[8]{0}, f32[100]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %p = f32[4]{0} get-tuple-element(%c), index=1
+  %q = f32[8]{0} get-tuple-element(%c), index=2
+  %x = f32[100]{0} get-tuple-element(%c), index=3
+  %f = (f32[8]{0}, f32[100]{0}) fusion(%p, %q, %x), kind=kCustom, calls=%step
+  ROOT %t = (s32[], f32[4]{0}, f32[8]{0}, f32[100]{0}) tuple(%i, %p, %q, %x)
+}
+
+%condition (c: (s32[], f32[4], f32[8], f32[100])) -> pred[] {
+  %c = (s32[], f32[4]{0}, f32[8]{0}, f32[100]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %end = s32[] constant(6)
+  ROOT %less = pred[] compare(%i, %end), direction=LT
+}
+
+ENTRY %main (p: f32[4], x: f32[100]) -> f32[8] {
+  %p = f32[4]{0} parameter(0)
+  %x = f32[100]{0} parameter(1)
+  %zero = s32[] constant(0)
+  %q = f32[8]{0} fusion(%p), kind=kCustom, calls=%start
+  %c = (s32[], f32[4]{0}, f32[8]{0}, f32[100]{0}) tuple(%zero, %p, %q, %x)
+  ROOT %w = (s32[], f32[4]{0}, f32[8]{0}, f32[100]{0}) while(%c), condition=%condition, body=%body
+}
+"""
+    seen = hlo.read(text)
+    assert seen.collectives == {"all-gather": (1, 16.0)}
+    assert seen.bytes == 6 * 2 * 400
+
+
 @pytest.mark.parametrize(
     ("groups", "devices"),
     [("{{0,1},{2,3}}", 2), ("[2,4]<=[8]", 4), ("mesh['axis_0'=2,'axis_1'=8] {'axis_1'}", 8)],

@@ -7,6 +7,7 @@ number of steps only the data tell counts once: of decoding, everything is per t
 import math
 import re
 from collections import Counter
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -63,9 +64,8 @@ def read(text: str) -> Work:
     computations, entry = _parse(text)
     times, inside = _times(computations, entry)
     flops = traffic = 0.0
-    channels: dict[
-        tuple[str, str], tuple[int, float]
-    ] = {}  # TPUs have a collective's steps in one fusion after another
+    # TPUs spread a collective's steps over fusions, even over a loop's: it runs as often as the fusion that starts it.
+    channels: dict[tuple[str, str], tuple[int, float]] = {}
     kernels: Counter[str] = Counter()
     for name, often in times.items():
         types = {i.name: i.type for i in computations[name]}
@@ -78,7 +78,7 @@ def read(text: str) -> Work:
                     (often, often * _sent(i, kind, types)),
                     (kind, channel[1] if channel else f"{name} {i.name}"),
                 )
-                channels[seen] = max(this, channels.get(seen, this))
+                channels[seen] = min(this, channels.get(seen, this))
             if i.op == "custom-call" and (target := _TARGET.search(i.attributes)):
                 kernels[target[1]] += often
             if name not in inside and i.op not in FREE and not i.op.endswith("-done"):
@@ -152,11 +152,11 @@ def _shapes(kind: str) -> list[tuple[str, tuple[int, ...], str]]:
     ]
 
 
-def _bytes(kind: str, main: bool = False) -> float:
-    """Bytes of a type; with `main` only of what is in the main memory, not in a memory space of the core's own."""
+def _bytes(kind: str, main: bool = False, but: Collection[tuple[str, tuple[int, ...]]] = ()) -> float:
+    """Bytes of a type but for some shapes; with `main` only in the main memory, not in a memory space of the core's own."""
     total = 0.0
     for dtype, dims, layout in _shapes(kind):
-        if main and re.search(r"S\([1-9]", layout):
+        if (dtype, dims) in but or (main and re.search(r"S\([1-9]", layout)):
             continue
         bits = re.search(r"\d+", dtype)
         width = WIDTHS.get(dtype, int(bits[0]) / 8 if bits else 1)
@@ -172,11 +172,18 @@ def _traffic(i: Instruction, types: dict[str, str], computations: dict[str, list
         return 2 * out
     if i.op == "dynamic-update-slice":
         return 2 * read[1]
+    if i.op in ("copy-start", "slice-start"):  # into the core's own memory or out of it; their type has both ends
+        return min((n for shape in _SHAPE.finditer(i.type) if shape[2] and (n := _bytes(shape[0]))), default=0.0)
     called = _CALLED.search(i.attributes)
     if i.op != "fusion" or called is None or called[1] not in computations:
         return sum(read) + out
     body = computations[called[1]]
     inner = {j.name: j for j in body}
+    steps = [j for j in body if j.op.startswith(COLLECTIVES)]  # of a collective: its buffers only pass through
+    passing = {shape[:2] for j in steps for x in (j, *(inner[o] for o in j.operands)) for shape in _shapes(x.type)}
+    if passing:
+        out = _bytes(i.type, main=True, but=passing)
+        read = [_bytes(types.get(o, ""), main=True, but=passing) for o in i.operands]
     parameters = sorted((j for j in body if j.op == "parameter"), key=lambda j: int(j.attributes.partition(")")[0]))
     for n, parameter in enumerate(parameters[: len(read)]):
         users = [j for j in body if parameter.name in j.operands]

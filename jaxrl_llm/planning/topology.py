@@ -7,6 +7,7 @@ the longest of what arithmetic, memory and links take at their peaks; no program
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -229,7 +230,9 @@ def _compile(
 ) -> Program:
     beside = sum(n for what, n in held.items() if what not in given)
     try:
-        compiled = lowered.compile()
+        with warnings.catch_warnings():  # JAX's persistent cache keeps such programs but cannot read them back
+            warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         found = re.findall(r"(?:Used|required[^()]*\() ?([\d.]+)([KMG]?)", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not found:
