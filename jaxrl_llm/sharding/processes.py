@@ -60,6 +60,8 @@ def start(settings: Distributed) -> None:
         return
     # The loop stops on signals itself; JAX's handler would take SIGTERM away from it.
     jax.config.update("jax_enable_preemption_service", False)
+    # On a CPU, programs of one process may overtake each other, and gloo pairs their messages by order alone.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     auto = settings.coordinator == "auto"
     # JAX ends a process whose others do not come with a trace of its own: what that waited for must be said before.
     who = "a process" if auto else f"process {settings.process} of {settings.processes}"

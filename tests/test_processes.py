@@ -1,0 +1,240 @@
+"""Runs of several processes on one machine, over loopback: the numbers of one process, and everything that goes wrong."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import yaml
+from test_loop import configured, metrics_of
+
+from jaxrl_llm.launch import LOST, free_port
+from jaxrl_llm.training import loop
+from jaxrl_llm.training.rundir import claim
+
+pytestmark = pytest.mark.processes
+
+STEPS, SHARE = 3, 4  # RL steps; rows of a step in each of four processes
+EVAL = 4  # held-out rows in each of two processes
+
+
+def config_of(directory, **mesh):
+    """A run with rows, replay and a multiplier on the host, and rewards in workers."""
+    return configured(
+        directory,
+        run={"steps": STEPS},
+        rewards={
+            "workers": 1,
+            "timeout": 300.0,  # a busy machine is no reason to leave a row unscored
+            "parts": [{"reward": "strikes:reward"}],
+            "env": ["STRIKE"],
+        },
+        algorithm={"name": "r2vpo", "replay": 1.0, "capacity": 2.0},
+        checkpoint={"every": 1, "keep": 4, "export": False},
+        mesh=mesh or {"fsdp": -1},
+    )
+
+
+class Job:
+    """`count` processes of a run with four devices in all."""
+
+    def __init__(self, directory, count, *overrides, strike=None):
+        """strike: what befalls the last process (`strikes`)."""
+        file, port = directory.with_suffix(".yaml"), free_port()
+        file.write_text(yaml.safe_dump(config_of(directory).model_dump(mode="json")))
+        self.running = []
+        for i in range(count):
+            words = [f"distributed.coordinator=127.0.0.1:{port}", f"distributed.processes={count}"]
+            words += [f"distributed.process={i}", "distributed.heartbeat_timeout=300", *overrides]
+            command = [sys.executable, "-m", "jaxrl_llm.cli", "train", str(file), *words]
+            told = {"STRIKE": strike} if strike and i == count - 1 else {}
+            env = environment(4 // count) | told
+            self.running.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+
+    def end(self):
+        """Exit codes, and what each process said on stderr."""
+        try:
+            said = [process.communicate(timeout=400)[1] for process in self.running]
+        finally:
+            for process in self.running:
+                process.kill()
+        return [process.returncode for process in self.running], said
+
+
+def environment(devices):
+    return {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent),
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def run(directory, count, *overrides, strike=None):
+    codes, said = Job(directory, count, *overrides, strike=strike).end()
+    assert codes == [0] * count, said
+    return directory
+
+
+def steps_of(directory):
+    return sorted(int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def saved(directory):
+    """Every array of the newest checkpoint, by name."""
+    where, handler = directory / "checkpoints" / str(steps_of(directory)[-1]) / "arrays", ocp.PyTreeCheckpointHandler()
+    names = handler.metadata(where).tree
+    plain = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+    return handler.restore(where, args=ocp.args.PyTreeRestore(restore_args=plain))
+
+
+def assert_same_run(a, b, **tolerance):
+    """The same metrics and arrays: bitwise, or within a tolerance."""
+    arrays_a, arrays_b = saved(a), saved(b)
+    assert steps_of(a)[-1] == steps_of(b)[-1] and arrays_a.keys() == arrays_b.keys()
+    compare = np.testing.assert_allclose if tolerance else np.testing.assert_array_equal
+    for name, x in arrays_a.items():
+        compare(x, arrays_b[name], err_msg=name, **tolerance)
+    for x, y in zip(metrics_of(a), metrics_of(b), strict=True):
+        assert x == (pytest.approx(y, rel=1e-3, abs=1e-5) if tolerance else y)
+
+
+def part_of(original, directory, steps):
+    """A copy of a run as it was after `steps` steps."""
+    shutil.copytree(original, directory)
+    for step in steps_of(directory):
+        if step > steps:
+            shutil.rmtree(directory / "checkpoints" / str(step))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run in this process, on four devices."""
+    directory = tmp_path_factory.mktemp("alone")
+    assert loop.train(config_of(directory, fsdp=4)) == 0
+    return directory
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The run in two processes of two devices; the second is late with its rewards once."""
+    directory = tmp_path_factory.mktemp("two") / "run"
+    return run(directory, 2, strike=f"sleep:{EVAL + 3}:{directory}.slept")
+
+
+def test_two_processes_with_two_devices_each_make_the_steps_of_one_process(alone, two):
+    lines = [line for line in metrics_of(two) if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(line["completions/min_length"] < line["completions/max_length"] for line in lines)  # ends differ
+    assert_same_run(alone, two, rtol=1e-5, atol=1e-5)
+
+
+def test_four_processes_with_one_device_each_make_the_steps_of_one_process(alone, tmp_path):
+    assert_same_run(alone, run(tmp_path / "four", 4), rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_first_process_does_once_is_done_once(two):
+    assert len((two / "about.jsonl").read_text().splitlines()) == 1
+    assert len(list((two / "tensorboard").iterdir())) == 1
+
+
+def test_sigterm_to_one_during_collection_saves_the_step_on_all_and_the_run_goes_on_bitwise(two, tmp_path):
+    directory = tmp_path / "stopped"
+    during_step_2 = EVAL + 2 * SHARE + 3
+    codes, said = Job(directory, 2, strike=f"TERM:{during_step_2}:{tmp_path}/struck").end()
+    assert codes == [0, 0], said
+    assert "SIGTERM: saving and stopping" in said[1] and "SIGTERM" not in said[0]
+    assert steps_of(directory)[-1] == 2
+    assert_same_run(two, run(directory, 2))
+
+
+def test_a_run_saved_by_two_processes_goes_on_in_one(alone, two, tmp_path):
+    directory = part_of(two, tmp_path / "one", steps=2)
+    assert loop.train(config_of(directory, fsdp=4)) == 0
+    assert_same_run(alone, directory, rtol=1e-5, atol=1e-5)
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_and_four_processes_go_on_from_the_one_before(alone, two, tmp_path):
+    directory = part_of(two, tmp_path / "four", steps=2)
+    chunks = [path for path in (directory / "checkpoints" / "2" / "arrays").rglob("d/*") if path.is_file()]
+    largest = max(chunks, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-100])
+    codes, said = Job(directory, 4).end()
+    assert codes == [0] * 4, said
+    assert "2 is damaged" in said[0] and "going on from step 1" in said[0]
+    assert (directory / "checkpoints" / "damaged_2.0").is_dir()
+    assert_same_run(alone, directory, rtol=1e-5, atol=1e-5)
+
+
+def test_a_full_disk_of_one_process_ends_all_with_its_error_and_leaves_the_last_good_checkpoint(two, tmp_path):
+    directory = tmp_path / "full"
+    codes, said = Job(directory, 2, strike=f"disk:{EVAL + 2 * SHARE + 3}:{tmp_path}/struck").end()
+    assert codes[1] == 1 and codes[0] != 0, (codes, said)
+    assert "stopped: checkpoints: could not write" in said[1]
+    last = steps_of(directory)[-1]
+    assert f"the last good checkpoint is step {last}" in said[1] and last < 2
+    good, same = saved(directory), saved(part_of(two, tmp_path / "same", steps=last))
+    assert all(np.array_equal(good[name], same[name]) for name in same)
+
+
+def test_a_run_directory_that_another_job_holds_is_refused_by_all_processes(tmp_path):
+    directory = tmp_path / "held"
+    with claim(directory, config_of(directory).model_dump(mode="json", exclude={"distributed"})):
+        codes, said = Job(directory, 2).end()
+    assert codes == [2, LOST]
+    assert f"process {os.getpid()} is running there" in said[0]
+    assert "jaxrl_llm: process 1 of 2: process 0 failed:" in said[1]
+
+
+def test_a_process_says_for_what_and_how_long_it_waits_before_the_others_come(tmp_path):
+    (code,), (said,) = Job(tmp_path / "waiting", 1, "distributed.processes=2", "distributed.start_timeout=3").end()
+    assert code != 0
+    assert said.startswith("jaxrl_llm: process 0 of 2: waits up to 3 s for the others at distributed.coordinator=127.")
+
+
+def test_a_run_whose_processes_are_killed_at_random_ends_as_the_one_nobody_touched(tmp_path, monkeypatch):
+    """The short form of benchmarks/soak.py."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import soak
+
+    for name, value in environment(2).items():
+        monkeypatch.setenv(name, value)
+    found = soak.soak(tmp_path, steps=8, kills=1, seed=0)
+    assert len(found["kills"]) == 1
+    assert found["each_step_once"] and found["same_metrics"] and found["same_arrays"]
+    said = (tmp_path / "killed.txt").read_text().splitlines()
+    (line,) = [line for line in said if line.startswith("jaxrl_llm launch:")]
+    killed = found["kills"][0]["rank"]
+    assert line == f"jaxrl_llm launch: process {killed} of 2 was killed by SIGKILL; starting all again (1 of 1)"
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"coordinator": "host"}, "distributed.coordinator='host': expected HOST:PORT of process 0, or auto"),
+        ({"coordinator": "h:1"}, "distributed.processes: missing, expected a number with distributed.coordinator=h:1"),
+        ({"process": 1}, "distributed.process=1: distributed.coordinator is not set, expected HOST:PORT there"),
+        (
+            {"coordinator": "h:1", "processes": 2, "process": 2},
+            "distributed.process=2: with distributed.processes=2, expected 0 to 1",
+        ),
+    ],
+)
+def test_contradictions_between_the_fields_are_one_line(given, line, tmp_path):
+    from jaxrl_llm import config_check
+
+    with pytest.raises(ValueError) as error:
+        config_check.check(configured(tmp_path, distributed=given))
+    assert str(error.value) == line
+
+
+def test_a_run_directory_does_not_say_where_its_processes_met(two):
+    saved = yaml.safe_load((two / "config.yaml").read_text())
+    assert saved["run"]["steps"] == STEPS and "distributed" not in saved
