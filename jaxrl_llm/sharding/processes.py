@@ -9,6 +9,7 @@ A process that fails tells the others before it ends (`run`); one that dies with
 service when its heartbeats stop, which ends the others.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -24,7 +25,9 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_llm.config import Distributed
 from jaxrl_llm.launch import LOST
@@ -91,6 +94,29 @@ def start(settings: Distributed) -> None:
         logging.getLogger("jaxrl_llm").setLevel(logging.ERROR)
         logging.getLogger("jaxrl_llm.tasks").setLevel(logging.WARNING)
         warnings.simplefilter("ignore")
+
+
+def connect(mesh: Mesh) -> None:
+    """Have the devices of a mesh meet once, along every set of its axes; every process must call this at the same point.
+
+    Connections are made when devices first meet, and gloo, with which CPUs talk, gives up when the others come 30 s later: what
+    loading and compiling easily differ by. So the processes wait for each other here, as long as the config allows.
+    """
+    if count() == 1:
+        return
+    axes = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
+    together = [some for n in range(1, len(axes) + 1) for some in itertools.combinations(axes, n)]
+
+    def sums(one: Array) -> list[Array]:
+        return [jax.lax.psum(one, some) for some in together]
+
+    each = PartitionSpec(mesh.axis_names)
+    ones = _put(np.ones(mesh.size), NamedSharding(mesh, each))
+    f = jax.shard_map(sums, mesh=mesh, in_specs=each, out_specs=each, check_vma=False)
+    compiled = jax.jit(f).lower(ones).compile()
+    gather(None, "the first meeting of the devices")
+    jax.block_until_ready(compiled(ones))
+    multihost_utils.process_allgather(np.zeros(()))  # has a mesh of its own
 
 
 def count() -> int:

@@ -31,7 +31,10 @@ def text(config: Config) -> Text:
 
 
 def mesh(config: Config) -> Mesh:
-    return meshes.make_mesh(config.mesh)
+    """The mesh of the run, its devices connected."""
+    made = meshes.make_mesh(config.mesh)
+    processes.connect(made)
+    return made
 
 
 def model(config: Config, on: Mesh, words: Text) -> Model:
