@@ -165,6 +165,12 @@ def test_two_streams_on_a_cpu_write_what_one_does(plain):
     assert two.compilations == compiled, "both run the same programs"
 
 
+@pytest.mark.parametrize("axis", ["fsdp", "tp"])
+def test_several_devices_have_one_stream(axis):
+    """Two threads would not start their programs in the same order on all devices."""
+    assert len(engine(slots=16, mesh=make_mesh(config.Mesh(**{"fsdp": 1, axis: 2})))._streams(64)) == 1
+
+
 def test_nothing_cached_survives_a_weight_update(plain):
     before = plain.generate(CONTEXTS, COUNTS, seed=0, step=0)
     newer = sharp(SPEC, 5)

@@ -217,8 +217,8 @@ class Engine:
 
     def _streams(self, items: int) -> list[list[np.ndarray]]:
         """The items of every shard of every stream, equal runs. Two streams keep a CPU's cores busy: what one does on a single
-        core the other need not wait for."""
-        alone = self._shards > 1 or self.batch_invariant or min(items, self.slots or items) < 2 * MIN_SLOTS
+        core the other need not wait for. Several devices must meet in one order, which two threads would not keep."""
+        alone = self.mesh.size > 1 or self.batch_invariant or min(items, self.slots or items) < 2 * MIN_SLOTS
         count = 1 if alone or target.of(self.mesh).platform != "cpu" else 2
         runs = np.array_split(np.arange(items), count * self._shards)
         return [runs[i * self._shards : (i + 1) * self._shards] for i in range(count)]
