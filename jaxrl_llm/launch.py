@@ -3,12 +3,14 @@
 For several GPUs of one host, and for trying out a run of many processes; a scheduler does the same for many hosts.
 """
 
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 
 FINAL = (1, 2)  # exit codes that another start would not change: the run cannot go on, or the config is wrong
@@ -73,7 +75,11 @@ def _once(words: Sequence[str], count: int) -> tuple[int | None, int]:
 
 
 def free_port() -> int:
-    """A port of this host that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port of this host that nobody uses. Not one that the system hands out by itself (Linux: from 32768 on), which may be
+    gone by the time process 0 listens there.
+    """
+    for port in random.SystemRandom().sample(range(15000, 32768), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port among a hundred between 15000 and 32767")
