@@ -93,6 +93,11 @@ class Run:
             time.sleep(0.02)
         return False
 
+    def end(self) -> None:
+        """Wait for its end. Raises RuntimeError, with what it said, when it failed."""
+        if self.process.wait() != 0:
+            raise RuntimeError(self.directory.with_suffix(".txt").read_text())
+
 
 def metrics(directory: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl of RL steps, without the clocks."""
@@ -123,10 +128,8 @@ def untouched(directory: Path, steps: int) -> list[list[float]]:
     """A run left alone; MiB of its processes when all is compiled, and after the last step but one."""
     run, held = Run(directory, steps, 0), []
     for step in (min(WARM, steps - 1), steps - 1):
-        run.until(step)
-        held.append([resident(pid) for pid in run.ranks()])
-    if run.process.wait() != 0:
-        raise RuntimeError(directory.with_suffix(".txt").read_text())
+        held.append([resident(pid) for pid in run.ranks()] if run.until(step) else [])
+    run.end()
     return held
 
 
@@ -147,8 +150,7 @@ def killed(directory: Path, steps: int, kills: int, seed: int) -> list[dict[str,
         said, started = directory.with_suffix(".txt"), len(done)
         while run.process.poll() is None and said.read_text().count("starting all again") < started:
             time.sleep(0.02)
-    if run.process.wait() != 0:
-        raise RuntimeError(directory.with_suffix(".txt").read_text())
+    run.end()
     return done
 
 
