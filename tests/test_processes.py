@@ -14,7 +14,7 @@ import yaml
 from test_loop import configured, metrics_of
 
 from jaxrl_llm.launch import LOST, free_port
-from jaxrl_llm.training import loop
+from jaxrl_llm.training import evaluate, loop, sample
 from jaxrl_llm.training.rundir import claim
 
 pytestmark = pytest.mark.processes
@@ -41,29 +41,32 @@ def config_of(directory, **mesh):
 
 
 class Job:
-    """`count` processes of a run with four devices in all."""
+    """`count` processes of a command on a run with four devices in all."""
 
-    def __init__(self, directory, count, *overrides, strike=None):
-        """strike: what befalls the last process (`strikes`)."""
+    def __init__(self, directory, count, *overrides, strike=None, config=None, command=("train",), inside=()):
+        """strike: what befalls the last process (`strikes`), which runs `inside` another command."""
         file, port = directory.with_suffix(".yaml"), free_port()
-        file.write_text(yaml.safe_dump(config_of(directory).model_dump(mode="json")))
+        file.write_text(yaml.safe_dump((config or config_of(directory)).model_dump(mode="json")))
         self.running = []
         for i in range(count):
             words = [f"distributed.coordinator=127.0.0.1:{port}", f"distributed.processes={count}"]
             words += [f"distributed.process={i}", "distributed.heartbeat_timeout=300", *overrides]
-            command = [sys.executable, "-m", "jaxrl_llm.cli", "train", str(file), *words]
-            told = {"STRIKE": strike} if strike and i == count - 1 else {}
-            env = environment(4 // count) | told
-            self.running.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+            last = i == count - 1
+            line = [*(inside if last else ()), sys.executable, "-m", "jaxrl_llm.cli", *command, str(file), *words]
+            env = environment(4 // count) | ({"STRIKE": strike} if strike and last else {})
+            self.running.append(
+                subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            )
 
     def end(self):
         """Exit codes, and what each process said on stderr."""
         try:
-            said = [process.communicate(timeout=400)[1] for process in self.running]
+            said = [process.communicate(timeout=400) for process in self.running]
         finally:
             for process in self.running:
                 process.kill()
-        return [process.returncode for process in self.running], said
+        self.printed = [out for out, _ in said]
+        return [process.returncode for process in self.running], [error for _, error in said]
 
 
 def environment(devices):
@@ -184,6 +187,62 @@ def test_a_full_disk_of_one_process_ends_all_with_its_error_and_leaves_the_last_
     assert all(np.array_equal(good[name], same[name]) for name in same)
 
 
+def may_mount():
+    try:
+        return subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not may_mount(), reason="no mount namespaces for this user here")
+def test_a_disk_that_turns_read_only_ends_all_with_its_error_and_leaves_the_last_good_checkpoint(two, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # Only the second process sees its disk turn read-only.
+    inside = ["unshare", "-rm", "sh", "-c", f'mount --bind {disk} {disk} && exec "$@"', "sh"]
+    strike = f"readonly:{EVAL + 2 * SHARE + 3}:{disk}/struck"
+    codes, said = Job(disk / "run", 2, strike=strike, inside=inside).end()
+    assert codes[1] == 1 and codes[0] != 0, (codes, said)
+    assert "stopped: checkpoints: could not write" in said[1] and "Read-only file system" in said[1]
+    last = steps_of(disk / "run")[-1]
+    assert f"the last good checkpoint is step {last}" in said[1] and last < 2
+    good, same = saved(disk / "run"), saved(part_of(two, tmp_path / "same", steps=last))
+    assert all(np.array_equal(good[name], same[name]) for name in same)
+
+
+def test_two_processes_warm_start_train_a_critic_export_evaluate_and_sample_as_one(tmp_path, capsys):
+    def with_critic(directory, **mesh):
+        return configured(
+            directory,
+            run={"steps": 2},
+            rewards={"parts": [{"reward": "letter:1"}]},
+            algorithm={"name": "ppo"},
+            reference={"mode": "resident"},
+            optimizer={"lr": 1e-3},  # Adam follows the rounding of gradients near zero, by up to this
+            warmstart={"steps": 3, "batch": 8},
+            checkpoint={"every": 1, "keep": 4, "export": True},
+            mesh=mesh,
+        )
+
+    one, two = with_critic(tmp_path / "one", fsdp=4), with_critic(tmp_path / "two", dp=2, fsdp=2)
+    assert loop.train(one) == 0
+    job = Job(tmp_path / "two", 2, config=two)
+    assert job.end()[0] == [0, 0]
+    assert_same_run(tmp_path / "one", tmp_path / "two", rtol=1e-5, atol=1e-5)
+
+    capsys.readouterr()
+    found = evaluate.run(one)
+    evaluating = Job(tmp_path / "two", 2, config=two, command=("eval",))
+    sampling = Job(tmp_path / "two", 2, "1+2 =", config=two, command=("sample", "-n", "5"))
+    assert evaluating.end()[0] == [0, 0] and sampling.end()[0] == [0, 0]
+    said = {
+        words[0]: float(words[1]) for words in map(str.split, evaluating.printed[0].splitlines()) if len(words) == 2
+    }
+    assert {name: said[name] for name in found} == pytest.approx(found, abs=1e-4)
+    assert sampling.printed[0].splitlines()[-5:] == sample.run(one, "1+2 =", n=5)  # gloo prints something before
+    assert "accuracy" in evaluating.printed[0] and "accuracy" not in evaluating.printed[1]
+
+
 def test_a_run_directory_that_another_job_holds_is_refused_by_all_processes(tmp_path):
     directory = tmp_path / "held"
     with claim(directory, config_of(directory).model_dump(mode="json", exclude={"distributed"})):
@@ -197,6 +256,35 @@ def test_a_process_says_for_what_and_how_long_it_waits_before_the_others_come(tm
     (code,), (said,) = Job(tmp_path / "waiting", 1, "distributed.processes=2", "distributed.start_timeout=3").end()
     assert code != 0
     assert said.startswith("jaxrl_llm: process 0 of 2: waits up to 3 s for the others at distributed.coordinator=127.")
+
+
+LATE = """
+import sys, time
+from types import SimpleNamespace
+from jaxrl_llm.config import Distributed, Mesh
+from jaxrl_llm.sharding import processes
+from jaxrl_llm.training import build
+
+def work():
+    if processes.lead():
+        time.sleep(35)
+    build.mesh(SimpleNamespace(mesh=Mesh(dp=2, fsdp=2)))
+    return 0
+
+where, i = sys.argv[1:]
+sys.exit(processes.run(Distributed(coordinator=where, processes=2, process=int(i)), work))
+"""
+
+
+def test_devices_wait_for_a_process_that_is_slow_to_come(tmp_path):
+    """Longer than the 30 s that gloo waits when devices first meet."""
+    (tmp_path / "late.py").write_text(LATE)
+    words = [sys.executable, str(tmp_path / "late.py"), f"127.0.0.1:{free_port()}"]
+    running = [
+        subprocess.Popen([*words, str(i)], env=environment(2), stderr=subprocess.PIPE, text=True) for i in range(2)
+    ]
+    said = [process.communicate(timeout=400)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
 
 
 def test_a_run_whose_processes_are_killed_at_random_ends_as_the_one_nobody_touched(tmp_path, monkeypatch):
