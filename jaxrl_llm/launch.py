@@ -3,6 +3,7 @@
 For several GPUs of one host, and for trying out a run of many processes; a scheduler does the same for many hosts.
 """
 
+import os
 import random
 import signal
 import socket
@@ -26,8 +27,11 @@ def run(words: Sequence[str], processes: int, restarts: int) -> int:
     """
     if processes < 1 or restarts < 0:
         raise ValueError(f"-n {processes} --restarts {restarts}: expected at least one process and 0 restarts")
+    gpus = _gpus()
+    if len(gpus) % processes:
+        raise ValueError(f"-n {processes}: {len(gpus)} GPUs ({','.join(gpus)}), expected a number that divides them")
     for start in range(restarts + 1):
-        dead, code = _once(words, processes)
+        dead, code = _once(words, processes, gpus)
         if dead is None:
             return 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -39,13 +43,17 @@ def run(words: Sequence[str], processes: int, restarts: int) -> int:
     raise AssertionError("the last start returns")
 
 
-def _once(words: Sequence[str], count: int) -> tuple[int | None, int]:
-    """One start of all. Returns the process that died first and its exit code, or None and 0."""
+def _once(words: Sequence[str], count: int, gpus: Sequence[str]) -> tuple[int | None, int]:
+    """One start of all, each with its share of the GPUs. Returns the process that died first and its exit code, or None and 0."""
     port = free_port()
     command = [sys.executable, "-m", "jaxrl_llm.cli", "train", *words, f"distributed.coordinator=127.0.0.1:{port}"]
     numbers = [[f"distributed.processes={count}", f"distributed.process={i}"] for i in range(count)]
+    each = len(gpus) // count
+    seen = [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * each : (i + 1) * each])} if gpus else {} for i in range(count)]
     # In groups of their own, or Ctrl-C would reach them twice.
-    running = [subprocess.Popen([*command, *own], process_group=0) for own in numbers]
+    running = [
+        subprocess.Popen([*command, *own], process_group=0, env=os.environ | mine) for own, mine in zip(numbers, seen)
+    ]
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         for process in running:
@@ -72,6 +80,19 @@ def _once(words: Sequence[str], count: int) -> tuple[int | None, int]:
         return None, 0
     first = min(bad, key=lambda i: (bad[i] in (LOST, -signal.SIGABRT), i))  # those come of another's death
     return first, bad[first]
+
+
+def _gpus() -> list[str]:
+    """The GPUs that processes started here would see; none where JAX is told to use something else."""
+    if not {"", "cuda", "gpu"} & set(os.environ.get("JAX_PLATFORMS", "").split(",")):
+        return []
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in named.split(",") if name]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return []
+    return [str(i) for i in range(sum(line.startswith("GPU ") for line in listed.stdout.splitlines()))]
 
 
 def free_port() -> int:
