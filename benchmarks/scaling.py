@@ -25,7 +25,6 @@ BASE = {"rows": 32, "prompt": 64, "new": 128, "layers": 4, "vocab": 4096}
 GROUP = 8
 WHAT = ("rollout", "train")
 OURS = ["learner.layout=shared"]
-MICROBATCH = 32  # rows; memory then does not grow with the batch
 
 
 def main() -> None:
@@ -63,7 +62,6 @@ def measure(shape: dict[str, int], args: argparse.Namespace) -> dict[str, Any]:
         f"rollout.max_new={shape['new']}",
         f"model.spec.num_hidden_layers={shape['layers']}",
         f"model.spec.vocab_size={shape['vocab']}",
-        f"learner.microbatch_rows={min(shape['rows'], MICROBATCH)}",
         *args.ours,
     ]
     with tempfile.TemporaryDirectory() as scratch:
