@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxrl_llm import config_load
+from jaxrl_llm import algorithms, config_load
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -298,4 +298,8 @@ def test_shipped_methods_are_valid_over_the_quickstart(path, tmp_path):
     if name == "tgdpo":  # its guide is the export of another run, named on the command line
         (tmp_path / "config.json").write_text("{}")
         overrides = [f"guide.path={tmp_path}"]
-    assert config_load.load(layers, overrides).algorithm["name"] == name
+    config = config_load.load(layers, overrides)
+    alg = algorithms.make(**config.algorithm)
+    assert alg.name == name
+    if alg.needs.pool:  # or `train` refuses the quickstart's problems once it has made them
+        assert getattr(alg.config, alg.needs.pool) >= config.task.size
