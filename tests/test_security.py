@@ -133,7 +133,7 @@ def test_an_object_in_a_checkpoints_host_state_is_refused(marker, tmp_path, name
 def test_a_pickle_in_the_place_of_an_array_is_refused(marker, tmp_path):
     with zipfile.ZipFile(tmp_path / "state.npz", "w") as file:
         file.writestr("json.npy", pickle.dumps(Payload(marker)))
-    with pytest.raises((ValueError, AttributeError)):
+    with pytest.raises(ValueError, match="no array 'json'"):
         host_state.decode((tmp_path / "state.npz").read_bytes())
 
 

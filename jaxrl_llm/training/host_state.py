@@ -67,18 +67,25 @@ def decode(content: bytes) -> Any:
                 return x
             if _ARRAY not in x:
                 return {k: one(v) for k, v in x.items()}
-            array = file[x[_ARRAY]]
+            array = _member(file, x[_ARRAY])
             if "dtype" not in x:
                 return array
             return np.frombuffer(array.tobytes(), jnp.dtype(x["dtype"])).reshape(x["shape"]).copy()
 
-        return one(json.loads(file[_JSON].tobytes()))
+        return one(json.loads(_member(file, _JSON).tobytes()))
 
 
 def values(directory: Path) -> Any:
-    """The JSON part of what is in `directory`, without reading the arrays."""
+    """The JSON part of what is in `directory`, without reading the arrays. Raises as `decode` and `open` do."""
     with np.load(directory / FILE, allow_pickle=False) as file:
-        return json.loads(file[_JSON].tobytes())
+        return json.loads(_member(file, _JSON).tobytes())
+
+
+def _member(file: Any, name: str) -> np.ndarray:
+    """An array of an .npz file, which hands out what is no array as bytes."""
+    if name not in file or not isinstance(array := file[name], np.ndarray):
+        raise ValueError(f"the host state is damaged: no array {name!r}")
+    return array
 
 
 class Handler(ocp.AsyncCheckpointHandler):
