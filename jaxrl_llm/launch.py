@@ -29,7 +29,9 @@ def run(words: Sequence[str], processes: int, restarts: int) -> int:
         raise ValueError(f"-n {processes} --restarts {restarts}: expected at least one process and 0 restarts")
     gpus = _gpus()
     if len(gpus) % processes:
-        raise ValueError(f"-n {processes}: {len(gpus)} GPUs ({','.join(gpus)}), expected a number that divides them")
+        raise ValueError(
+            f"-n {processes}: {len(gpus)} GPUs ({','.join(gpus)}), expected a number that divides them, or JAX_PLATFORMS=cpu"
+        )
     for start in range(restarts + 1):
         dead, code = _once(words, processes, gpus)
         if dead is None:
