@@ -56,11 +56,7 @@ ADAPTED: dict[str, tuple[list[str], str]] = {
     "epo": ([f"algorithm.steps={STEPS}"], ""),
     "rso": ([], "16 samples of a prompt, 4 of them kept"),
     "tgdpo": (["guide.path={work}/dpo/export"], "guided by what dpo ended with"),
-    # With alpha = 0 it falls as far (0.354 → 0.008, by hand): it is not the optimistic term.
-    "xpo": (
-        [],
-        "right or wrong: most pairs tie, and ties choose the policy's row, so it leaves the reference whatever is right",
-    ),
+    "xpo": ([], "rewards of 0 and 1 mostly tie, and a tie chooses the policy's completion"),
 }
 OWN_START = {
     "mini_rl_moe": "a model with experts, with a warm start of its own",
