@@ -6,7 +6,8 @@ are gathered and decoding goes on at the next power of two. Counts and lengths a
 compiles a few programs at its start and none later; temperatures, limits and truncation are arrays.
 
 On a mesh the items are dealt out over (dp, fsdp) in equal runs, and every shard works off its own queue without talking to
-the others; weights are replicated over those axes and split over tp. On a CPU there are two such loops side by side (streams).
+the others; weights are replicated over those axes and split over tp. A CPU that is one device has two
+such loops side by side (streams).
 """
 
 from collections.abc import Callable, Sequence
