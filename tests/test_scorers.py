@@ -115,23 +115,25 @@ def test_below_the_threshold_there_is_one_chunk():
     assert scorers._chunks(32 * 1024, 151936, 0) > 50
 
 
-def test_a_vocabulary_sharded_over_tp_gives_the_same_views_and_gradients():
-    hidden, unembed, targets, weights = inputs(n=16, d=8, v=32, dtype=np.float32)
+@pytest.mark.parametrize("sizes", [{"fsdp": 4}, {"dp": 2, "fsdp": 2}, {"fsdp": 2, "tp": 2}])
+def test_a_mesh_gives_the_same_views_and_gradients(sizes):
+    hidden, unembed, targets, weights = inputs(n=24, d=8, v=32, dtype=np.float32)
     want_views = plain(hidden, unembed, targets)
     want = gradients(plain, hidden, unembed, targets, weights)
-    mesh = make_mesh(Mesh(fsdp=2, tp=2), jax.devices()[:4])
+    mesh = make_mesh(Mesh(**sizes), jax.devices()[:4])
     spec = jax.sharding.PartitionSpec
     with jax.set_mesh(mesh):
-        hidden = jax.device_put(hidden, jax.NamedSharding(mesh, spec("fsdp")))
-        unembed = jax.device_put(unembed, jax.NamedSharding(mesh, spec("fsdp", "tp")))
-        for chunk in (0, 4):
+        hidden = jax.device_put(hidden, jax.NamedSharding(mesh, spec(("dp", "fsdp"))))
+        place = jax.NamedSharding(mesh, spec("fsdp", "tp"))
+        unembed = jax.device_put(unembed, place)
+        for chunk in (0, 4, 16):  # of 24 tokens: the last of two chunks of 16 is filled up
             views = jax.jit(lambda h, w, t, chunk=chunk: chunked(h, w, t, chunk=chunk))(hidden, unembed, targets)
             have = gradients(lambda h, w, t, c=chunk: chunked(h, w, t, chunk=c), hidden, unembed, targets, weights)
             for name in NAMES:
                 np.testing.assert_allclose(views[name], want_views[name], atol=2e-5)
             for a, b in zip(have, want):
                 np.testing.assert_allclose(a, b, atol=2e-4)
-            assert have[1].sharding.spec == spec("fsdp", "tp")
+            assert have[1].sharding.is_equivalent_to(place, 2)
 
 
 def test_unknown_views_and_missing_temperatures_are_refused():

@@ -158,20 +158,30 @@ def _views_bwd(names, chunks, residuals, g):
     w = _gathered(unembed, hidden.dtype)
     acc = accumulator(hidden.dtype)
 
-    def one(dw, part):
+    def one(part, shards):
+        """Gradients of the output matrix [shards,D,V], from each shard of the tokens, and of the hidden states."""
         h, t, s, g, z = part
         h = constrain(h, "batch", None)
         dz = _logit_gradient(logits(h, w) if z is None else z, t, heat, tempered, s, g).astype(hidden.dtype)
-        dw_part = jnp.einsum("nd,nv->dv", h, dz, preferred_element_type=acc)
         dh = jnp.einsum("nv,dv->nd", dz, w, preferred_element_type=acc).astype(hidden.dtype)
-        return constrain(dw_part if dw is None else dw + dw_part, "embed", "vocab"), dh
+        h, dz = (x.reshape(shards, -1, x.shape[1]) for x in (h, dz))
+        return jnp.einsum("snd,snv->sdv", h, dz, preferred_element_type=acc), dh
 
     if chunks == 1:
-        dw, dh = one(None, (hidden, targets, stats, g, z))
+        dw, dh = one((hidden, targets, stats, g, z), 1)
     else:
+        # Devices sum over their own tokens of all chunks, then over devices: once, not for every chunk. For that each
+        # holds a sum that is not sharded along D: D V / tp numbers in at least float32.
+        shards = ways("batch")
+
+        def add(dw, part):
+            dw_part, dh = one(part, shards)
+            return constrain(dw + dw_part, "batch", None, "vocab"), dh
+
         parts = jax.tree.map(partial(_split, chunks=chunks), (hidden, targets, stats, g))
-        dw, dh = jax.lax.scan(one, jnp.zeros(unembed.shape, acc), (*parts, None))
+        dw, dh = jax.lax.scan(add, jnp.zeros((shards, *unembed.shape), acc), (*parts, None))
         dh = _join(dh, hidden.shape[0])
+    dw = constrain(dw.sum(0), "embed", "vocab")
     return dh, dw.astype(unembed.dtype), None, None, None
 
 
