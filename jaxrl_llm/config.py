@@ -39,8 +39,8 @@ class Model(Section):
     param_dtype: Literal["float32", "bfloat16", "float64"] = described("float32", "dtype of the master parameters")
     remat: Literal["auto", "none", "dots", "full"] = described(
         "auto",
-        "what the backward pass recomputes per layer: nothing, all but products with weights (dots), or everything; auto: dots "
-        "where those fit",
+        "what the backward pass recomputes per layer: nothing, all but products with weights and attention's output (dots), "
+        "or everything; auto: dots where those fit",
     )
     head_chunk: int = described(0, "tokens per chunk of the log-prob head; 0 chooses by size", ge=0)
 

@@ -11,8 +11,8 @@ import pytest
 import tiny
 
 from jaxrl_llm import config
-from jaxrl_llm.models import decoder
-from jaxrl_llm.models.attention import causal, two_part
+from jaxrl_llm.models import attention, decoder
+from jaxrl_llm.models.attention import causal
 from jaxrl_llm.rollout import decode
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.lanes import Cache, joined
@@ -406,7 +406,7 @@ def test_slots_that_share_a_lane_write_what_slots_alone_do(plain):
     assert_logps_are_teacher_forced(CONTEXTS, got)
 
 
-def test_decode_attention_is_two_part_attention(x64):
+def test_decode_attention_is_that_of_the_models(x64):
     rng = np.random.default_rng(0)
     s, kv, r, hd, length, own = 3, 2, 2, 4, 5, 6
     q = jnp.asarray(rng.normal(size=(s, kv * r, hd)))
@@ -427,9 +427,8 @@ def test_decode_attention_is_two_part_attention(x64):
     )
     k_ctx, v_ctx = k_ctx[lanes], v_ctx[lanes]
     ctx_mask, own_mask = (jnp.asarray(m)[:, None, None] for m in (seen_ctx[lanes], seen_own))
-    want = jax.jit(two_part, static_argnums=7)(
-        q[:, None, None], k_ctx, v_ctx, ctx_mask, k_own[:, None], v_own[:, None], own_mask, 0.3
-    )
+    parts = [attention.Part(k_ctx, v_ctx, ctx_mask), attention.Part(k_own[:, None], v_own[:, None], own_mask)]
+    want = jax.jit(attention.joined, static_argnums=2)(q[:, None, None], parts, 0.3)
     np.testing.assert_allclose(got, want[:, 0, 0], atol=1e-12)
 
 

@@ -248,14 +248,22 @@ def concatenated(arrays, context, own):
 
     flat = [x.reshape(c * g, *x.shape[2:]) for x in (q, k_own, v_own)]
     k, v = jnp.concatenate([rows(k_ctx), flat[1]], 1), jnp.concatenate([rows(v_ctx), flat[2]], 1)
-    mask = [jnp.broadcast_to(m, (c, g, s, m.shape[-1])).reshape(c * g, 1, s, -1) for m in (context, own)]
-    return attention.attention(flat[0], k, v, jnp.concatenate(mask, -1), 0.4).reshape(q.shape)
+    mask = [jnp.broadcast_to(m, (c, g, s, m.shape[-1])).reshape(c * g, s, -1) for m in (context, own)]
+    return plain(flat[0], k, v, jnp.concatenate(mask, -1), 0.4).reshape(q.shape)
+
+
+def plain(q, k, v, mask, scale):
+    """Attention as it is written, differentiated by JAX."""
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    scores = jnp.where(mask[:, None], jnp.einsum("bqhd,bkhd->bhqk", q, k) * scale, -1e30)
+    p = jnp.where(mask[:, None], jax.nn.softmax(scores), 0)
+    return jnp.einsum("bhqk,bkhd->bqhd", p, v)
 
 
 @jax.jit
 def two(arrays, context, own):
     q, k_ctx, v_ctx, k_own, v_own = arrays
-    return attention.two_part(q, k_ctx, v_ctx, context, k_own, v_own, own, 0.4)
+    return attention.joined(q, [attention.Part(k_ctx, v_ctx, context), attention.Part(k_own, v_own, own)], 0.4)
 
 
 def test_two_parts_equal_attention_over_the_concatenation(x64):
@@ -284,11 +292,44 @@ def test_an_empty_part_is_finite_and_changes_nothing(x64):
 
 def test_grouped_queries_read_their_own_kv_head(x64):
     (q, _, _, k, v), _, own = parts(c=1, g=1)
-    q, k, v = q[0], k[0], v[0]
+    q, k, v, own = q[0], k[0], v[0], own[0]
     out = attention.attention(q, k, v, own, 0.4)
     for head in range(4):
         alone = attention.attention(q[:, :, [head]], k[:, :, [head // 2]], v[:, :, [head // 2]], own, 0.4)
         np.testing.assert_allclose(out[:, :, [head]], alone, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [0, 3, jnp.asarray(3)], ids=["all", "static", "traced"])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_attention_in_blocks_is_attention(window, segmented, x64, monkeypatch):
+    monkeypatch.setattr(attention, "QUERIES", 4)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 11, heads, 6))) for heads in (4, 2, 2))
+    segment = jnp.asarray(np.repeat([[1, 1, 2, 0], [0, 3, 3, 3]], [4, 3, 2, 2], axis=1)) if segmented else None
+    at = np.arange(11)
+    mask = attention.visible(at[:, None], at[None, :], window)[None]
+    if segment is not None:
+        mask = mask & (segment[:, :, None] == segment[:, None, :])
+    info = attention.LayerInfo(window, 0.4)
+
+    def both(f):
+        return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2)))(q, k, v)
+
+    assert len(attention.causal_blocks(11, window)) == 3
+    got, want = both(lambda *a: attention.causal(segment)(info, *a)[0]), both(lambda *a: plain(*a, mask, 0.4))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+def test_blocks_leave_out_keys_that_none_of_their_queries_sees(monkeypatch):
+    monkeypatch.setattr(attention, "QUERIES", 4)
+    assert attention.causal_blocks(10) == [
+        (slice(0, 4), slice(0, 4)),
+        (slice(4, 8), slice(0, 8)),
+        (slice(8, 10), slice(0, 10)),
+    ]
+    assert attention.causal_blocks(10, 3)[2] == (slice(8, 10), slice(6, 10))
+    assert len(attention.causal_blocks(1000)) == attention.MOST_BLOCKS
 
 
 def test_a_window_holds_that_many_keys():

@@ -212,7 +212,7 @@ def test_replay_of_an_engine_that_equals_the_trainer_changes_nothing():
     np.testing.assert_array_equal(batch.extras[ROUTES], expected)
     np.testing.assert_array_equal(learner().views(batch, ("logp",)).logp, seen.logp)
     np.testing.assert_allclose(np.where(batch.mask, seen.logp - batch.sampler_logp, 0), 0, atol=1e-5)
-    assert_same(gradient(learner(), batch), gradient(learner(), bare))
+    assert_close(gradient(learner(), batch), gradient(learner(), bare), 1e-12)  # float64, two programs
 
 
 def test_replay_of_an_engine_that_differs_brings_the_trainer_closer_to_it():

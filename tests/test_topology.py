@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_llm import cli, config_load
 from jaxrl_llm.config import Mesh
+from jaxrl_llm.models import scorers
 from jaxrl_llm.planning import hlo, topology
 from jaxrl_llm.sharding import target
 from jaxrl_llm.sharding.mesh import make_mesh
@@ -163,9 +164,33 @@ ENTRY %main (p: f32[4], x: f32[100]) -> f32[8] {
     assert seen.bytes == 6 * 2 * 400
 
 
+def test_a_sum_fused_with_the_slice_that_is_used_of_it_is_a_reduce_scatter():
+    text = """
+%all-reduce-scatter (p: f32[8,64], i: s32[]) -> f32[2,64] {
+  %p = f32[8,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %r = f32[8,64]{1,0} all-reduce(%p), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %s = f32[2,64]{1,0} dynamic-slice(%r, %i, %zero), dynamic_slice_sizes={2,64}
+}
+
+ENTRY %main (p: f32[8,64], i: s32[]) -> f32[2,64] {
+  %p = f32[8,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %f = f32[2,64]{1,0} fusion(%p, %i), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+    assert hlo.read(text).collectives == {"reduce-scatter": (1, 8 * 64 * 4 * 3 / 4)}
+
+
 @pytest.mark.parametrize(
     ("groups", "devices"),
-    [("{{0,1},{2,3}}", 2), ("[2,4]<=[8]", 4), ("mesh['axis_0'=2,'axis_1'=8] {'axis_1'}", 8)],
+    [
+        ("{{0,1},{2,3}}", 2),
+        ("[2,4]<=[8]", 4),
+        ("mesh['axis_0'=2,'axis_1'=8] {'axis_1'}", 8),
+        ("mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_2'}", 4),
+    ],
 )
 def test_a_collective_s_group_is_read_in_every_notation(groups, devices):
     text = f"""
@@ -212,6 +237,25 @@ def test_tp_reduces_one_activation_for_each_pair_of_products():
         lambda x, up, down: jnp.tanh(x @ up) @ down, x, up, down, out_shardings=NamedSharding(on, PartitionSpec())
     )
     assert seen.collectives == {"all-reduce": (1, 2 * tokens * d * 4 * (n - 1) / n)}
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 4}, {"dp": 2, "fsdp": 2}, {"dp": 4, "fsdp": 1}])
+def test_the_output_matrix_s_gradient_is_reduced_once_however_many_chunks_of_logits_there_are(sizes):
+    on, (tokens, d, v), n = mesh(**sizes), (64, 32, 256), 4
+    split, place = (NamedSharding(on, PartitionSpec(*axes)) for axes in [(("dp", "fsdp"),), ("fsdp", "tp")])
+    given = [
+        jax.ShapeDtypeStruct((tokens, d), jnp.float32, sharding=split),
+        jax.ShapeDtypeStruct((d, v), jnp.float32, sharding=place),
+        jax.ShapeDtypeStruct((tokens,), jnp.int32, sharding=split),
+    ]
+
+    def loss(hidden, unembed, targets):
+        return scorers.token_views(hidden, unembed, targets, chunk=8)["logp"].sum()
+
+    with jax.set_mesh(on):
+        seen = work(jax.grad(loss, (0, 1)), *given, out_shardings=(split, place)).collectives
+    times, sent = (sum(x) for x in zip(*(c for kind, c in seen.items() if kind in ("all-reduce", "reduce-scatter"))))
+    assert times == 1 and sent <= 2 * d * v * 4 * (n - 1) / n
 
 
 # What the user gives
@@ -307,6 +351,26 @@ def test_the_report_names_memory_collectives_and_times(report):
     text = topology.describe(report)
     assert "v5e:2x2: 4 chips" in text and "never run on a TPU" in text and "fits" in text
     assert re.search(r"gradient: .*all-gather × \d+", text) and "roofline of an RL step" in text
+
+
+@needs_libtpu
+def test_attention_of_rescoring_and_gradients_is_the_splash_kernel_and_the_report_says_so(report):
+    kernels = {p.name: p.work.kernels for p in report.programs}
+    assert kernels["rescore"]["splash_mha_fwd_segmented_no_residuals"] == 2  # layers
+    assert all(kernels["gradient"][f"splash_mha_{what}_segmented_no_residuals"] == 2 for what in ("dq", "dkv"))
+    assert "kernel splash_mha_dkv_segmented_no_residuals × 2" in topology.describe(report)
+
+
+@needs_libtpu
+def test_the_command_plan_prints_the_report(tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text(CONFIG)
+    small = ["hidden_size=128", "intermediate_size=128", "num_hidden_layers=1", "vocab_size=256"]
+    overrides = ["rollout.max_new=32", "rollout.max_prompt=32", *(f"model.spec.{each}" for each in small)]
+    assert cli.main(["plan", str(path), *overrides, "--topology", "v5e:2x2"]) == 0
+    said = capsys.readouterr().out
+    assert "v5e:2x2: 4 chips" in said and "roofline of an RL step" in said
+    assert all(f"\n{name} " in said for name in ("prepare", "prefill", "decode", "rescore", "gradient", "apply"))
 
 
 @needs_libtpu

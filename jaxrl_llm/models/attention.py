@@ -4,12 +4,18 @@ Letters: B batch, Sq queries, Sk keys, H query heads, K key/value heads, R = H/K
 context, L context length, T own length.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
+
+OUT, LSE = "attention", "attention logsumexp"  # names of what the backward pass is kept from computing again
+QUERIES = 256  # of a block of causal attention, at least
+MOST_BLOCKS = 8  # as each is compiled
 
 
 class LayerInfo(NamedTuple):
@@ -23,23 +29,23 @@ class LayerInfo(NamedTuple):
 Attend = Callable[[LayerInfo, Array, Array, Array], tuple[Array, Any]]
 
 
+class Part(NamedTuple):
+    """Keys that queries may see: of a context, for all its rows, or of each row (with G)."""
+
+    k: Float[Array, "C *G L K hd"]
+    v: Float[Array, "C *G L K hd"]
+    mask: Bool[Array, "#C #G #S L"]
+
+
 def attention(
     q: Float[Array, "B Sq H hd"],
     k: Float[Array, "B Sk K hd"],
     v: Float[Array, "B Sk K hd"],
-    mask: Bool[Array, "B #H Sq Sk"] | None,
+    mask: Bool[Array, "#B #Sq Sk"],
     scale: float,
 ) -> Float[Array, "B Sq H hd"]:
-    """softmax(q k^T scale) v over the keys where `mask` (broadcastable). A query that sees no key gets a finite value."""
-    b, s, h, hd = q.shape
-    kv = k.shape[2]
-    acc = accumulator(q.dtype)
-    scores = jnp.einsum("bqkrd,bskd->bkrqs", q.reshape(b, s, kv, h // kv, hd), k, preferred_element_type=acc) * scale
-    if mask is not None:
-        mask = mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(*mask.shape[:1], kv, h // kv, *mask.shape[2:])
-        scores = jnp.where(mask, scores, jnp.finfo(acc).min)
-    p = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkrqs,bskd->bqkrd", p, v, preferred_element_type=acc).astype(q.dtype).reshape(b, s, h, hd)
+    """softmax(q k^T scale) v over the keys where `mask`. The output of a query that sees no key is 0."""
+    return joined(q[:, None], [Part(k, v, mask[:, None])], scale)[:, 0]
 
 
 def visible(query: Int[Array, "..."], key: Int[Array, "..."], window: int | Int[Array, ""] = 0) -> Bool[Array, "..."]:
@@ -57,45 +63,94 @@ def causal(segment: Int[Array, "B S"] | None = None, keep_kv: bool = False) -> A
 
     def attend(info: LayerInfo, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
         at = jnp.arange(q.shape[1])
-        mask = visible(at[:, None], at[None, :], info.window)[None, None]
-        if segment is not None:
-            mask = mask & (segment[:, None, :, None] == segment[:, None, None, :])
-        return attention(q, k, v, mask, info.scale), (k, v) if keep_kv else None
+        out = []
+        for queries, keys in causal_blocks(q.shape[1], info.window):
+            mask = visible(at[queries, None], at[None, keys], info.window)[None]
+            if segment is not None:
+                mask = mask & (segment[:, queries, None] == segment[:, None, keys])
+            out.append(attention(q[:, queries], k[:, keys], v[:, keys], mask, info.scale))
+        return jnp.concatenate(out, axis=1), (k, v) if keep_kv else None
 
     return attend
 
 
-def two_part(
-    q: Float[Array, "C G S H hd"],
-    k_ctx: Float[Array, "C L K hd"],
-    v_ctx: Float[Array, "C L K hd"],
-    ctx_mask: Bool[Array, "#C #G #S L"],
-    k_own: Float[Array, "C G T K hd"],
-    v_own: Float[Array, "C G T K hd"],
-    own_mask: Bool[Array, "#C #G #S T"],
-    scale: float,
-) -> Float[Array, "C G S H hd"]:
-    """Attention over the concatenation of a context and own tokens, without concatenating: G rows read one context.
+def causal_blocks(length: int, window: int | Int[Array, ""] = 0) -> list[tuple[slice, slice]]:
+    """Queries to handle at once, and the keys some of them may see: near half the scores of a long sequence are masked."""
+    size = max(QUERIES, -(-length // MOST_BLOCKS))
+    starts = range(0, length, size)
+    first = [max(0, i - window + 1) if isinstance(window, int) and window else 0 for i in starts]
+    return [(slice(i, min(i + size, length)), slice(lo, min(i + size, length))) for i, lo in zip(starts, first)]
 
-    The two softmaxes are joined exactly by their common maximum and the sum of their masses (as in flash attention,
-    Dao et al. 2022). Either part may be empty for a query; where both are, the output is 0. Masks broadcast.
+
+def joined(q: Float[Array, "C G S H hd"], parts: Sequence[Part], scale: float) -> Float[Array, "C G S H hd"]:
+    """Attention over the concatenation of the parts' keys, without concatenating: G rows read one context.
+
+    Their softmaxes are joined exactly by the common maximum and the sum of their masses. As in flash attention (Dao et al.
+    2022) the backward pass computes scores again, from the logarithm of that sum. Any part may be empty for a query; where all
+    are, the output is 0.
     """
     c, g, s, h, hd = q.shape
-    kv = k_ctx.shape[2]
+    kv = parts[0].k.shape[-2]
+    heads = q.reshape(c, g, s, kv, h // kv, hd).transpose(0, 3, 1, 4, 2, 5)
+    first = [Part(jnp.moveaxis(k, -2, 1), jnp.moveaxis(v, -2, 1), mask[:, None, :, None]) for k, v, mask in parts]
+    out: Array = _joined(heads, *map(tuple, zip(*first)), scale)
+    return out.transpose(0, 2, 4, 1, 3, 5).reshape(c, g, s, h, hd)
+
+
+# Below, heads come first: q [C,K,G,R,S,hd], k and v [C,K,(G,)L,hd], masks [C,1,G,1,S,L].
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _joined(q: Array, ks: tuple[Array, ...], vs: tuple[Array, ...], masks: tuple[Array, ...], scale: float) -> Array:
+    return _joined_fwd(q, ks, vs, masks, scale)[0]
+
+
+def _joined_fwd(q, ks, vs, masks, scale):
+    low = jnp.finfo(accumulator(q.dtype)).min
+    scores = [jnp.where(mask, _over(q, k) * scale, low) for k, mask in zip(ks, masks)]
+    top = reduce(jnp.maximum, [z.max(-1, keepdims=True) for z in scores])
+    p = [jnp.where(mask, jnp.exp(z - top), 0) for z, mask in zip(scores, masks)]
+    mass = sum(x.sum(-1, keepdims=True) for x in p)
+    mass = jnp.where(mass == 0, 1, mass)
+    out = sum(_read(x.astype(v.dtype), v) for x, v in zip(p, vs)) / mass
+    out = checkpoint_name(out.astype(q.dtype), OUT)
+    lse = checkpoint_name(top + jnp.log(mass), LSE)
+    return out, (q, ks, vs, masks, out, lse)
+
+
+def _joined_bwd(scale, kept, g):
+    q, ks, vs, masks, out, lse = kept
     acc = accumulator(q.dtype)
-    q = q.reshape(c, g, s, kv, h // kv, hd)
-    ctx_mask, own_mask = ctx_mask[:, None, None], own_mask[:, None, None]
-    low = jnp.finfo(acc).min
-    ctx = jnp.einsum("cgskrd,clkd->ckrgsl", q, k_ctx, preferred_element_type=acc) * scale
-    own = jnp.einsum("cgskrd,cgtkd->ckrgst", q, k_own, preferred_element_type=acc) * scale
-    ctx, own = jnp.where(ctx_mask, ctx, low), jnp.where(own_mask, own, low)
-    top = jax.lax.stop_gradient(jnp.maximum(ctx.max(-1, keepdims=True), own.max(-1, keepdims=True)))
-    ctx, own = jnp.where(ctx_mask, jnp.exp(ctx - top), 0), jnp.where(own_mask, jnp.exp(own - top), 0)
-    mass = ctx.sum(-1) + own.sum(-1)
-    out = jnp.einsum("ckrgsl,clkd->cgskrd", ctx.astype(v_ctx.dtype), v_ctx, preferred_element_type=acc)
-    out = out + jnp.einsum("ckrgst,cgtkd->cgskrd", own.astype(v_own.dtype), v_own, preferred_element_type=acc)
-    mass = jnp.moveaxis(jnp.where(mass == 0, 1, mass), (1, 2), (3, 4))  # [C,K,R,G,S] -> [C,G,S,K,R]
-    return (out / mass[..., None]).astype(v_own.dtype).reshape(c, g, s, h, hd)
+    drift = jnp.sum(g.astype(acc) * out.astype(acc), axis=-1, keepdims=True)
+    dq, dks, dvs = jnp.zeros(q.shape, acc), [], []
+    for k, v, mask in zip(ks, vs, masks):
+        p = jnp.where(mask, jnp.exp(_over(q, k) * scale - lse), 0)
+        dz = (p * (_over(g, v) - drift) * scale).astype(q.dtype)
+        dvs.append(_into(p.astype(g.dtype), g, v))
+        dks.append(_into(dz, q, k))
+        dq = dq + _read(dz, k)
+    return dq.astype(q.dtype), tuple(dks), tuple(dvs), None
+
+
+_joined.defvjp(_joined_fwd, _joined_bwd)
+
+
+def _over(q: Array, k: Array) -> Array:
+    """Products of queries with keys, [C,K,G,R,S,L]."""
+    keys = "ckld" if k.ndim == 4 else "ckgld"
+    return jnp.einsum(f"ckgrsd,{keys}->ckgrsl", q, k, preferred_element_type=accumulator(q.dtype))
+
+
+def _read(p: Array, v: Array) -> Array:
+    """Weighted sums of values, [C,K,G,R,S,hd]."""
+    keys = "ckld" if v.ndim == 4 else "ckgld"
+    return jnp.einsum(f"ckgrsl,{keys}->ckgrsd", p, v, preferred_element_type=accumulator(v.dtype))
+
+
+def _into(p: Array, g: Array, like: Array) -> Array:
+    """Transpose of `_read`: what values get, in the shape and dtype of `like`."""
+    keys = "ckld" if like.ndim == 4 else "ckgld"
+    return jnp.einsum(f"ckgrsl,ckgrsd->{keys}", p, g, preferred_element_type=accumulator(p.dtype)).astype(like.dtype)
 
 
 def accumulator(dtype: Any) -> jnp.dtype:

@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.models import experts
-from jaxrl_llm.models.attention import Attend, LayerInfo, accumulator
+from jaxrl_llm.models.attention import LSE, OUT, Attend, LayerInfo, accumulator
 from jaxrl_llm.models.spec import SILU, ModelSpec
 from jaxrl_llm.sharding import target
 from jaxrl_llm.sharding.rules import constrain, ways
@@ -35,7 +35,10 @@ ACTIVATIONS = {SILU: jax.nn.silu}
 # as a share of the device's memory.
 KEPT_ON_CPU, KEPT_SHARE = 2**28, 1 / 4
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(OUT, LSE),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -264,9 +267,9 @@ def block(
 
 
 def kept_products(spec: ModelSpec, dtype: Any, platform: str) -> int:
-    """Bytes of the residual stream and of all products with weights, of one token in all layers."""
+    """Bytes of the residual stream, of all products with weights and of what attention reads, of one token in all layers."""
     dense, sparse = spec.sparse.count(False), spec.sparse.count(True)
-    numbers = spec.layers * (2 * spec.embed + (spec.heads + 2 * spec.kv_heads) * spec.head_dim)
+    numbers = spec.layers * (2 * spec.embed + 2 * (spec.heads + spec.kv_heads) * spec.head_dim)
     numbers += dense * (spec.embed + 2 * spec.mlp)
     if spec.experts:
         numbers += sparse * experts.kept_products(spec.experts, spec.embed, platform)
@@ -295,8 +298,8 @@ def forward(
 
     `positions` are those of the rotary embedding; `attend` alone decides who sees whom. Layers run in a scan, or one for
     each run of layers of a kind, so compile time does not grow with depth. `remat`: what the backward pass recomputes of a
-    layer: nothing ("none"), all but products with weights ("dots"), everything ("full"); "auto" is "dots" where those
-    products fit. `replay`: experts that positions go to, as `Kept.routes` has them; -1 leaves the router the choice.
+    layer: nothing ("none"), all but products with weights and what attention reads ("dots"), everything ("full"); "auto" is
+    "dots" where those fit. `replay`: experts that positions go to, as `Kept.routes` has them; -1 leaves the router the choice.
     `inner`: keep what layer `inner` (from 0) leaves, before any norm; who reads that alone runs no layer above it.
     """
     if remat == "auto":

@@ -21,6 +21,7 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
+PALLAS = "tpu_custom_call"  # the target of all its kernels; the instruction bears the kernel's name
 # No memory is read or written by these themselves.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota"}
 FREE |= {"after-all", "partition-id", "replica-id", "async-start", "async-update", "async-done", "opt-barrier"}
@@ -48,10 +49,10 @@ class Instruction(NamedTuple):
 class Work(NamedTuple):
     """Of one device in one run of a program."""
 
-    flops: float  # multiply-adds × 2 of matrix products
+    flops: float  # multiply-adds × 2 of matrix products, without those of kernels
     bytes: float  # of main memory read or written by instructions, fusions counted as one
     collectives: dict[str, tuple[int, float]]  # kind -> how often, and the bytes one device sends
-    kernels: dict[str, int]  # custom calls by target -> how often
+    kernels: dict[str, int]  # custom calls by target, Pallas's by their own name -> how often
 
     @property
     def sent(self) -> float:
@@ -72,6 +73,8 @@ def read(text: str) -> Work:
         for i in computations[name]:
             flops += often * _flops(i, types)
             kind = i.op.removesuffix("-start")
+            if kind == "all-reduce" and name in inside and _scattered(i, computations[name]):
+                kind = "reduce-scatter"
             if kind in COLLECTIVES:
                 channel = _CHANNEL.search(i.attributes)
                 this, seen = (
@@ -80,7 +83,7 @@ def read(text: str) -> Work:
                 )
                 channels[seen] = min(this, channels.get(seen, this))
             if i.op == "custom-call" and (target := _TARGET.search(i.attributes)):
-                kernels[target[1]] += often
+                kernels[i.name.partition(".")[0] if target[1] == PALLAS else target[1]] += often
             if name not in inside and i.op not in FREE and not i.op.endswith("-done"):
                 traffic += often * _traffic(i, types, computations)
     collectives: dict[str, tuple[int, float]] = {}
@@ -88,6 +91,12 @@ def read(text: str) -> Work:
         before = collectives.get(kind, (0, 0.0))
         collectives[kind] = (before[0] + count, before[1] + sent)
     return Work(flops, traffic, collectives, dict(kernels))
+
+
+def _scattered(i: Instruction, body: list[Instruction]) -> bool:
+    """Whether only a slice of a sum over devices is used: fused so, as TPU programs have it, each gets its slice alone."""
+    users = [j for j in body if i.name in j.operands]
+    return bool(users) and all(j.op == "dynamic-slice" and j.operands[0] == i.name for j in users)
 
 
 def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -207,7 +216,7 @@ def _sent(i: Instruction, kind: str, types: dict[str, str]) -> float:
 
 def _group(attributes: str) -> int:
     """Devices that take part in one instance of a collective."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         sizes = dict(axis.split("=") for axis in found[1].split(","))
         return math.prod(int(sizes[axis.strip()]) for axis in found[2].split(","))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):

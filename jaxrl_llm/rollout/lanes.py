@@ -30,7 +30,7 @@ def joined(
 ) -> Float[Array, "S H hd"]:
     """Attention of one query per slot over its lane's context and its own tokens, the two softmaxes joined exactly.
 
-    The same as `models.attention.two_part`, for the decode loop's cache layout. `seat`: the slots of every lane, and
+    The same as `models.attention.joined`, for the decode loop's cache layout. `seat`: the slots of every lane, and
     lane and place of every slot. A slot sees at least its own newest column.
     """
     size, heads, hd = q.shape

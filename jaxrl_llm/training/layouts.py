@@ -8,7 +8,7 @@ microbatch) after another; only completion positions leave it, so only they reac
   packed   a sequence holds several rows, first-fit decreasing; segments keep them apart, positions restart.
   shared   a sequence is one context followed by slots for the completions of its group, several in one slot where they
            are short. The context runs forward and backward once; a completion attends to it and to itself in two parts
-           joined exactly (`attention.two_part`).
+           joined exactly (`attention.joined`).
 """
 
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.models import attention, decoder
 from jaxrl_llm.models.spec import ModelSpec
+from jaxrl_llm.sharding import target
 from jaxrl_llm.types import Params, Rollouts
 
 
@@ -348,13 +349,30 @@ def hidden(
 
     replay: experts to go to (`training.routing`). inner: a layer whose output is wanted too.
     """
-    attend = _attend_shared(layout, piece) if layout.name == "shared" else attention.causal(piece.segment)
     states, kept = decoder.forward(
-        spec, params, piece.tokens, piece.positions, attend, dtype=dtype, remat=remat, replay=replay, inner=inner
+        spec,
+        params,
+        piece.tokens,
+        piece.positions,
+        _attend(layout, piece),
+        dtype=dtype,
+        remat=remat,
+        replay=replay,
+        inner=inner,
     )
     routes = None if kept.routes is None else jnp.moveaxis(kept.routes, 0, 2)
     predicting = partial(jnp.take_along_axis, indices=piece.at[..., None], axis=1)
     return predicting(states), Beside(routes, None if kept.inner is None else predicting(kept.inner))
+
+
+def _attend(layout: Layout, piece: Piece) -> attention.Attend:
+    shared = layout.name == "shared"
+    attend = _attend_shared(layout, piece) if shared else attention.causal(piece.segment)
+    if target.current().platform != "tpu":
+        return attend
+    from jaxrl_llm.models import splash  # Pallas would add to every start
+
+    return splash.instead_of(attend, piece.segment, *((layout.context, layout.completion) if shared else ()))
 
 
 def _attend_shared(layout: Layout, piece: Piece) -> attention.Attend:
@@ -371,7 +389,12 @@ def _attend_shared(layout: Layout, piece: Piece) -> attention.Attend:
         to_context = valid & attention.visible(position[..., None], jnp.arange(L), info.window)
         t = jnp.arange(T)
         to_own = mine & attention.visible(t[:, None], t[None, :], info.window)
-        own = attention.two_part(q_own, k[:, :L], v[:, :L], to_context, k_own, v_own, to_own, info.scale)
+        own = []
+        for queries, keys in attention.causal_blocks(T, info.window):
+            context_part = attention.Part(k[:, :L], v[:, :L], to_context[:, :, queries])
+            own_part = attention.Part(k_own[:, :, keys], v_own[:, :, keys], to_own[:, :, queries, keys])
+            own.append(attention.joined(q_own[:, :, queries], [context_part, own_part], info.scale))
+        own = jnp.concatenate(own, axis=2)
         return jnp.concatenate([context, own.reshape(-1, G * T, *own.shape[3:])], axis=1), None
 
     return attend

@@ -217,7 +217,7 @@ def _cache_bytes(config: Config, step: Step) -> int:
 def _activation_bytes(config: Config, step: Step) -> int:
     """What the gradient of a microbatch keeps and makes: by the remat setting, one layer computed again, the head.
 
-    Attention scores and logits are there with their gradients, in at least float32.
+    Attention scores, where no kernel keeps them to itself, and logits are there with their gradients, in at least float32.
     """
     spec, layout, sizes = step.spec, step.layout, step.mesh
     dtype, tp = config.model.dtype, sizes["tp"]
@@ -228,9 +228,15 @@ def _activation_bytes(config: Config, step: Step) -> int:
     products = 3 * stream + (decoder.kept_products(spec, dtype, step.on.platform) - 3 * stream) // tp
     L, own = layout.context, layout.slots * layout.completion
     keys = layout.length if layout.name != "shared" else (L * L + own * (L + layout.completion)) // layout.length
-    rest = (
-        8 * d + 5 * q + 4 * kv + 3 * mlp // tp
-    ) * item + 2 * spec.heads // tp * keys * wide  # norms, rotations, gates
+    scores = 2 * spec.heads // tp * keys * wide
+    window = spec.windows[0] if len(set(spec.windows)) == 1 else None
+    behind = (L, layout.completion) if layout.name == "shared" else ()
+    if step.on.platform == "tpu":
+        from jaxrl_llm.models import splash
+
+        if splash.suits(layout.length, spec.heads, spec.kv_heads, tp, window, *behind):
+            scores = spec.heads // tp * splash.LANES * wide  # the kernel's statistics
+    rest = (8 * d + 5 * q + 4 * kv + 3 * mlp // tp) * item + scores  # norms, rotations, gates
     everything = products + spec.layers * rest
     shards = math.prod(sizes[a] for a in rules.RULES["batch"])
     tokens = layout.sequences * layout.length // shards
@@ -249,7 +255,7 @@ def _head_bytes(config: Config, step: Step, scored: int) -> int:
     logits = min(scored * step.spec.vocab // sizes["tp"], most)
     whole = sizes["fsdp"] == 1 and config.model.dtype == config.model.param_dtype
     gathered = 0 if whole else matrix * jnp.dtype(config.model.dtype).itemsize
-    sums = 0 if logits < most else 4 * matrix // sizes["fsdp"]
+    sums = 0 if logits < most else 4 * matrix  # whole on every shard of the batch until all chunks are summed
     return 2 * 4 * logits + gathered + sums
 
 
