@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from jaxrl_llm.training.rundir import about
+
 HERE = Path(__file__).resolve().parent
 CLOCKS = ("timing/", "tokens_per_second", "mfu", "memory/", "recompiles")
 WARM = 20  # steps after which everything is compiled
@@ -182,6 +184,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         found = soak(Path(scratch), args.steps, args.kills, args.seed)
+    found = {"about": about(), **found}
     args.out.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
     return 0 if found["each_step_once"] and found["same_metrics"] and found["same_arrays"] else 1

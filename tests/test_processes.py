@@ -287,6 +287,53 @@ def test_devices_wait_for_a_process_that_is_slow_to_come(tmp_path):
     assert [process.returncode for process in running] == [0, 0], said
 
 
+CLAIM = """
+import os, sys
+from jaxrl_llm.config import Distributed
+from jaxrl_llm.sharding import processes
+from jaxrl_llm.training.rundir import claim
+
+def work():
+    with claim("run", {"run": {"seed": int(seed)}}):
+        processes.gather(None, "the run")
+    return 0
+
+where, i, cwd, seed = sys.argv[1:]
+os.chdir(cwd)
+sys.exit(processes.run(Distributed(coordinator=where, processes=2, process=int(i)), work))
+"""
+
+
+def claimed(directory, places, seeds):
+    """What the processes of a job end with and say that claim the run directory of their places."""
+    (directory / "claim.py").write_text(CLAIM)
+    where, words = f"127.0.0.1:{free_port()}", [sys.executable, str(directory / "claim.py")]
+    running = [
+        subprocess.Popen([*words, where, str(i), place, seed], env=environment(1), stderr=subprocess.PIPE, text=True)
+        for i, (place, seed) in enumerate(zip(places, seeds))
+    ]
+    said = [process.communicate(timeout=200)[1] for process in running]
+    return [process.returncode for process in running], said
+
+
+def test_a_process_with_another_config_ends_all_and_names_the_field(tmp_path):
+    codes, said = claimed(tmp_path, [str(tmp_path)] * 2, ["0", "1"])
+    line = "run.seed=1: process 0 has 0, expected the same config on all processes"
+    assert codes == [LOST, 2]
+    assert f"jaxrl_llm: process 1 of 2: {line}" in said[1]
+    assert f"jaxrl_llm: process 0 of 2: process 1 failed: {line}" in said[0]
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_run_directory_that_not_all_processes_see_ends_all(tmp_path):
+    places = [tmp_path / "a", tmp_path / "b"]  # the same path of both, as on two hosts
+    for place in places:
+        (place / "run").mkdir(parents=True)
+    codes, said = claimed(tmp_path, [str(place) for place in places], ["0", "0"])
+    assert codes == [LOST, 2]
+    assert "run.dir=run: is not what process 0 writes to, expected a path that all processes share" in said[1]
+
+
 def test_a_run_whose_processes_are_killed_at_random_ends_as_the_one_nobody_touched(tmp_path, monkeypatch):
     """The short form of benchmarks/soak.py."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))

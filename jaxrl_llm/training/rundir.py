@@ -65,6 +65,7 @@ def claim(directory: str | Path, config: dict[str, Any]) -> Iterator[RunDir]:
     if difference := first_difference(processes.from_lead(lambda: config, "the config"), config):
         key, theirs, ours = difference
         raise ValueError(f"{key}={ours!r}: process 0 has {theirs!r}, expected the same config on all processes")
+    processes.gather(None, "the comparison of configs")  # before the first writes anything
     with ExitStack() as held:
         entered = processes.from_lead(lambda: held.enter_context(_claimed(path, config)), f"run.dir={path}")
         _check_shared(path, *entered)
