@@ -51,20 +51,24 @@ ADAPTED: dict[str, tuple[list[str], str]] = {
     "d3s": ([f"algorithm.steps={STEPS}"], ""),
     "dapo_direct": (
         [f"rollout.prompts={ROWS // 24}", "algorithm.critic_steps=10", "algorithm.actor_steps=20"],
-        "10 steps train the critic, 20 the policy; rewards are of 8 completions from each of 3 states of a prompt",
+        "10 steps train the critic, 20 the policy; rewards are of 8 completions from each of 3 states of a prompt. It falls: the "
+        "critic has seen 630 states and knows their mean reward only (100 steps teach it no more), so in only 1 to 6 of 63 states "
+        "do steps differ in value: where a sum may end. With Monte Carlo values for the critic's, 29 to 62 of 504 rows "
+        "train, and accuracy falls to 0.283",
     ),
     "epo": ([f"algorithm.steps={STEPS}"], ""),
-    "rso": ([], "16 samples of a prompt, 4 of them kept"),
+    "info_grpo": ([], "both orders of the summands; to be right, and equally right in both"),
+    "riskpo": ([], "bundles of 2 prompts; with 5 and the natural baseline it falls: no advantage is positive"),
+    "rso": ([], "16 samples of a prompt, 4 of them kept; at first 58 % of the pairs tie and are left out"),
     "tgdpo": (["guide.path={work}/dpo/export"], "guided by what dpo ended with"),
-    "xpo": ([], "rewards of 0 and 1 mostly tie, and a tie chooses the policy's completion"),
+    "v0": ([], "from the third step on 3 of the 64 prompts get 384 of the 512 rows; its reward is mostly theirs"),
+    "xpo": ([], "at first 72 % of the pairs tie and are left out"),
 }
 OWN_START = {
+    "e_grpo": "answers come after a thought: a warm start of its own, which leaves little to learn of its 720 sums; "
+    "with 4,000 and a shorter one 0.469 → 0.816",
     "mini_rl_moe": "a model with experts, with a warm start of its own",
     "s_grpo": "answers repeat the problem: a warm start of its own",
-}
-UNFIT = {  # what these sums cannot show
-    "e_grpo": "credits failures by the entities of a problem that they mention; sums have no entities",
-    "info_grpo": "compares answers to several phrasings of a request; sums have one phrasing",
 }
 
 
@@ -105,8 +109,6 @@ def measure(slug: str, work: Path, limit: float) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
     }
-    if slug in UNFIT:
-        return {**about, "error": UNFIT[slug]}
     try:
         words, note = words_of(slug, work, limit)
         shutil.rmtree(work / slug, ignore_errors=True)

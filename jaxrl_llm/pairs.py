@@ -37,6 +37,12 @@ def paired(rows: Rollouts, credit: Credit, pairs: Pairs, slots: int) -> tuple[Ro
     return rows.with_(block=jnp.arange(index.size, dtype=jnp.int32) // 2), credit
 
 
+def without_ties(pairs: Pairs, score: np.ndarray) -> Pairs:
+    """The pairs whose scores differ; in the others who is chosen says nothing about quality."""
+    differ = score[pairs[0]] != score[pairs[1]]
+    return pairs[0][differ], pairs[1][differ]
+
+
 def selecting(
     pairs_of: Callable[[np.ndarray, Rollouts], Pairs], slots: Callable[[Rollouts], int]
 ) -> Callable[[State, Memory, Rollouts, Credit, Key], Selection]:

@@ -1,9 +1,12 @@
 """RiskPO, arXiv 2510.00911: the known answers of its specification, in float64, its bundles and its tracked quantiles."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from arrays import credit_of, loss_and_grad, rollouts
 
 from jaxrl_llm import algorithms
@@ -156,3 +159,26 @@ def test_contradictory_settings_raise_one_clear_line(fields, message):
     with pytest.raises(ValueError) as error:
         algorithms.make("riskpo", **fields)
     assert str(error.value) == message
+
+
+def along_rewards(**fields):
+    """Cosine of the advantages of a second step and the rewards less their prompts' means, where a fifth of the answers are
+    right; and the share of right answers that the advantages push down."""
+    rng = np.random.default_rng(0)
+    group = np.repeat(np.arange(256), 8)
+    first, second = (rng.random(2048) < rng.beta(0.6, 2.4, 256)[group] for _ in range(2))
+    alg = algorithms.make("riskpo", **fields)
+    rows = batch(first.astype(float), group)
+    state, _ = alg.observe(alg.init(), {}, rows, alg.credit(alg.init(), rows, KEY), Report({}, {}, 1, ()), None)
+    a = np.asarray(alg.credit(state, batch(second.astype(float), group), KEY).advantage)[:, 0]
+    d = second - second.reshape(256, 8).mean(1)[group]
+    return a @ d / np.sqrt((a @ a) * (d @ d)), np.mean(a[second] < 0)
+
+
+def test_the_defaults_hardly_follow_binary_rewards_of_hard_problems_and_the_file_does():
+    cosine, down = along_rewards()
+    assert cosine < 0.2 and down > 0.35
+    path = Path(__file__).parents[1] / "configs" / "algorithms" / "riskpo.yaml"
+    fields = {k: v for k, v in yaml.safe_load(path.read_text())["algorithm"].items() if k != "name"}
+    cosine, down = along_rewards(**fields)
+    assert cosine > 0.4 and down < 0.1

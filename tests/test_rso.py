@@ -65,6 +65,22 @@ def test_reward_of_a_pairwise_model(x64):
     np.testing.assert_allclose(got, [0, 2.19722458, -1.38629436], atol=5e-9)
 
 
+def test_a_tie_makes_a_pair_unless_dropped_and_its_first_still_passes_on():
+    rows = rollouts(
+        [[1]] * 6, [0.0, 0.0, 1.0, 0.0, 1.0, 1.0], [0, 0, 0, 0, 1, 1], extras={"ref_logp": np.zeros((6, 1))}
+    )
+
+    def met(**fields):
+        alg = algorithms.make("rso", **fields)
+        chosen = alg.select(alg.init(), {}, rows, alg.credit(alg.init(), rows, KEY), KEY)
+        in_pairs = np.asarray(chosen.credit.extras["role"]) != 0
+        return np.asarray(chosen.rows.row_id)[in_pairs].reshape(-1, 2).tolist()
+
+    assert met() == [[0, 1], [2, 3], [4, 5]]
+    assert met(drop_ties=True) == [[2, 3]]
+    assert met(drop_ties=True, pairing="tournament") == [[2, 3], [2, 0]]
+
+
 def run(logp=LOGP, **fields):
     alg = algorithms.make("rso", **fields)
     rows = rollouts(MASK, [1.0, 0.0], [0, 0], extras={"ref_logp": np.asarray(REF)})

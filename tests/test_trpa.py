@@ -1,12 +1,14 @@
 """TRPA, arXiv 2504.04524: known answers, its edge cases, and the levels of Knights and Knaves."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from arrays import rollouts
 
-from jaxrl_llm import algorithms
+from jaxrl_llm import algorithms, config_load
 from jaxrl_llm.algorithms import trpa
 from jaxrl_llm.algorithms.base import value_and_grad
 from jaxrl_llm.tasks import knights
@@ -146,3 +148,18 @@ def test_levels_of_knights_and_knaves(said, level, score):
 def test_a_reference_answer_without_roles_is_an_error():
     with pytest.raises(ValueError, match="no '<name> is a <role>' in the reference answer '42'"):
         knights.level("<think></think><answer>Zoey is a knight</answer>", {"answer": "42"})
+
+
+def test_its_file_makes_one_pass_as_the_published_trust_region_holds_no_second_one_back():
+    configs = Path(__file__).parents[1] / "configs"
+    learner = config_load.load_unchecked([configs / "quickstart.yaml", configs / "algorithms" / "trpa.yaml"]).learner
+    assert learner.epochs == 1 and learner.minibatches > 1  # from the second minibatch on it has a gradient at all
+
+
+def test_a_rejected_answer_is_pushed_away_past_any_second_pass_by_the_published_coefficient():
+    rows = example(level=(1, 2, 2, 2), group=(0, 0, 1, 1))
+    rows = rows.with_(old_logp=jnp.array(REF), extras={"ref_logp": jnp.array(REF)})
+    alg = algorithms.make("trpa")
+    moved = Views(logp=jnp.array(REF) - jnp.array([[0.0], [2.0], [0], [0]]))  # two nats a token away already
+    _, grads = value_and_grad(alg, alg.init(), rows, moved)
+    assert (np.asarray(grads.logp)[1, :2] > 0).all()  # and descent lowers it further

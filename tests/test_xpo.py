@@ -44,6 +44,16 @@ def test_pairs_of_the_example():
     assert rows.block.tolist() == [0, 0, 1, 1]
 
 
+def test_a_tie_has_no_loss_when_dropped():
+    alg, rows, credit = select(drop_ties=True, alpha=(0.05,), clip=None)
+    assert rows.row_id.tolist()[:2] == [1, 0]
+    assert credit.extras["role"].tolist() == [1, -1, 0, 0]
+    value, grad = loss_and_grad(alg, rows, np.asarray(LOGP)[[1, 0, 2, 3]], credit)
+    of_first_pair = np.log1p(np.exp(0.1 * 1.1)) + 0.05 * -1.9
+    np.testing.assert_allclose(value, of_first_pair, rtol=1e-12)
+    assert grad[0, :2].all() and grad[1].all() and not grad[2:].any()
+
+
 def test_losses():
     np.testing.assert_allclose(run()[0], 0.58420924, atol=5e-9)
     np.testing.assert_allclose(run(alpha=(0.0,))[0], 0.70420924, atol=5e-9)

@@ -210,7 +210,6 @@ def build(config: Config) -> Algorithm:
             "critic/loss": mean_of(entropy, critic > 0),
             "critic/error": mean_of(jnp.abs(jax.nn.sigmoid(logit) - target), critic > 0),
             "actor/log_ratio": mean_of(log_ratio, actor > 0),
-            "actor/steps": mean_of((actor > 0).astype(log_ratio.dtype), rows.counted),
         }
 
     def update(learner: Any, state: State, rows: Rollouts, credit: Credit, key: jax.Array) -> tuple[State, Report]:

@@ -13,7 +13,8 @@ averaged over pairs. beta = 0 keeps the best, a large beta (1e9) the first; cand
 "sft-sample-rank", DPO on given pairs its "direct". `reference.sync_every` begins another round: the reference becomes the
 present policy. The reward is the task's; a pairwise model's becomes one by `objectives.preference.pairwise_reward`.
 Ours: in a tournament an odd one out passes to the next round; candidates are drawn for every step instead of once
-for the data set; a prompt with fewer than `keep` different completions keeps all of them; unscored candidates are left out.
+for the data set; a prompt with fewer than `keep` different completions keeps all of them; unscored candidates are left out;
+`drop_ties`: the first wins a tie, which real-valued rewards seldom give and rewards of 0 and 1 mostly do.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -48,6 +49,7 @@ class Config:
     gamma: float = 0.05  # of the loss
     loss: Literal["sigmoid_norm", "hinge_norm", "hinge"] = "sigmoid_norm"
     pairing: Literal["first_round", "tournament"] = "first_round"
+    drop_ties: bool = False  # no pair of equal rewards, whose order alone would say who wins
 
     def __post_init__(self):
         expect(self.keep >= 2, "keep", self.keep, "at least 2")
@@ -111,7 +113,7 @@ def build(config: Config) -> Algorithm:
         members = [np.flatnonzero((group == g) & counted) for g in dict.fromkeys(group[counted].tolist())]
         met = [pair for order in members for pair in preference.round_pairs(score, order.tolist(), tournament)]
         chosen, rejected = np.array(met, np.int64).reshape(-1, 2).T
-        return chosen, rejected
+        return pairs.without_ties((chosen, rejected), score) if config.drop_ties else (chosen, rejected)
 
     def slots(rows: Rollouts) -> int:
         return len(rows.group) if tournament else len(rows.group) // 2

@@ -9,8 +9,8 @@ Rules give every completion a level, 1 the best. All pairs of a prompt's complet
     L      = L_pref + tr_coef L_TR,  or with sqrt_kl  L_pref + tr_coef sqrt(L_TR + 1/4)
 
 Without any pair L_pref = mean_i of -log sigma(s_i) at level 1, -log sigma(-s_i) elsewhere. L_TR has no value and no gradient at
-logp = old_logp: it acts from the second optimizer step on a batch, so it needs `learner.epochs` above 1. Rows without a trained
-token are in no pair.
+logp = old_logp: it acts from the second optimizer step on a batch, so it needs `learner.epochs` or `learner.minibatches` above 1.
+Rows without a trained token are in no pair.
 
 The code is followed. The paper's form: beta_mode=response has h = a_i beta s_i - a_j beta s_j, seq_agg=sum sums over tokens. Two
 differences on purpose: pairs are made over the whole minibatch (whole groups stay together), where the code loses those that its

@@ -11,8 +11,10 @@ same gradient inside. alpha = 0 is online DPO. Iterations only change alpha: `it
 the reference stays. To return the best iterate: `checkpoint.keep_best`.
 
 Followed: reference samples as in the theory, TRL and oat (the paper's experiments reportedly take both completions from the policy).
-`drop_identical` is oat's: pairs of equal completions have no loss, but count in the mean. Ours: that it drops the DPO term too,
-`iteration_steps`. As in the trainers, and not in the theory, every pair is used once: there is no buffer of earlier iterations.
+`drop_identical` is oat's: pairs of equal completions have no loss, but count in the mean. Ours: that it drops the DPO term too;
+`iteration_steps`; `drop_ties`, which leaves both terms of a tie out: with rewards of 0 and 1 most pairs tie, and to prefer the
+policy's completion in them is to flee from the reference, right or wrong. As in the trainers, and not in the theory, every pair is
+used once: there is no buffer of earlier iterations.
 """
 
 from dataclasses import dataclass, replace
@@ -46,6 +48,7 @@ class Config:
     iteration_steps: int = 100  # RL steps of an iteration
     clip: float | None = 500.0  # limits the optimistic term's log-ratio; none: log pi itself, unlimited
     drop_identical: bool = False  # no loss from pairs of equal completions
+    drop_ties: bool = False  # no pair of equal rewards
 
     def __post_init__(self):
         expect_one_of("loss", self.loss, ("sigmoid", "ipo"))
@@ -89,7 +92,11 @@ def build(config: Config) -> Algorithm:
     def credit(state: State, rows: Rollouts, key: jax.Array) -> Credit:
         return pairs.unpaired(rows, rows.score)
 
-    pair_up = pairs.selecting(policy_against_reference, lambda rows: len(rows.group) // 2)
+    def pairs_of(score: np.ndarray, rows: Rollouts) -> pairs.Pairs:
+        met = policy_against_reference(score, rows)
+        return pairs.without_ties(met, score) if config.drop_ties else met
+
+    pair_up = pairs.selecting(pairs_of, lambda rows: len(rows.group) // 2)
 
     def select(state: State, memory: Memory, rows: Rollouts, credit: Credit, key: jax.Array) -> Selection:
         chosen = pair_up(state, memory, rows, credit, key)
