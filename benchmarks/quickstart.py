@@ -12,6 +12,7 @@ Each run is a process of its own; --only repeats some. Results are merged into a
 
 import argparse
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def main() -> None:
     done = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
     jobs = [(kind, seed) for kind in args.only for seed in (args.seeds if kind == "rl" else args.seeds[:1])]
     for kind, seed in jobs:
-        wall = next((r["wall_seconds"] for r in done if (r["kind"], r["seed"]) == ("rl", seed)), None)
+        wall = next((r.get("wall_seconds") for r in done if (r["kind"], r["seed"]) == ("rl", seed)), None)
         done = [r for r in done if (r["kind"], r["seed"]) != (kind, seed)]
         done.append(run(kind, seed, wall))
         packages = {name: metadata.version(name) for name in ("jaxrl_llm", "jax", "flax", "optax", "reasoning-gym")}
@@ -98,7 +99,7 @@ def main() -> None:
     print(f"{'kind':10} seed  before  after   gain  wall s")
     for r in done:
         print(
-            f"{r['kind']:10} {r['seed']:4}  {r['before']:.3f}   {r['after']:.3f}  {r['gain_points']:+5.1f}  {r['wall_seconds']:6.1f}"
+            f"{r['kind']:10} {r['seed']:4}  {r['before']:.3f}   {r['after']:.3f}  {r['gain_points']:+5.1f}  {r.get('wall_seconds', math.nan):6.1f}"
         )
 
 
