@@ -251,6 +251,25 @@ def test_a_save_killed_midway_leaves_the_checkpoint_before_it(tmp_path):
     np.testing.assert_array_equal(tree["x"], first + step)
 
 
+def test_of_many_damaged_arrays_only_the_warning_is_heard(tmp_path):
+    """Orbax starts all reads, and gives up at the first that fails."""
+    reader = run_saver(
+        tmp_path,
+        """
+        tree = {f"x{i}": x[: 10_000 + i] for i in range(60)}
+        for step in (1, 2):
+            checkpoints.save(step, tree, {}, {}, wait=True)
+        # The file with the arrays' bytes; where they are is in smaller ones.
+        file = max((directory / "2" / "arrays").rglob("d/*"), key=lambda file: file.stat().st_size)
+        file.write_bytes(file.read_bytes()[:1000])
+        print(checkpoints.restore_latest(tree)[0])
+        """,
+    )
+    said, errors = reader.communicate(timeout=120)
+    assert said == "1\n", errors
+    assert "2 is damaged (OUT_OF_RANGE" in errors and len(errors.splitlines()) == 1, errors
+
+
 def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(tmp_path):
     saver = run_saver(
         tmp_path,

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -60,13 +61,19 @@ class Job:
 
     def end(self):
         """Exit codes, and what each process said on stderr."""
-        try:
-            said = [process.communicate(timeout=400) for process in self.running]
-        finally:
-            for process in self.running:
-                process.kill()
+        said = ended(self.running, 400)
         self.printed = [out for out, _ in said]
         return [process.returncode for process in self.running], [error for _, error in said]
+
+
+def ended(running, limit):
+    """What each of the processes printed, read from all at once: one with a full pipe would keep the others waiting."""
+    with ThreadPoolExecutor(len(running)) as readers:
+        try:
+            return list(readers.map(lambda process: process.communicate(timeout=limit), running))
+        finally:
+            for process in running:
+                process.kill()
 
 
 def environment(devices):
@@ -283,7 +290,7 @@ def test_devices_wait_for_a_process_that_is_slow_to_come(tmp_path):
     running = [
         subprocess.Popen([*words, str(i)], env=environment(2), stderr=subprocess.PIPE, text=True) for i in range(2)
     ]
-    said = [process.communicate(timeout=400)[1] for process in running]
+    said = ended(running, 400)
     assert [process.returncode for process in running] == [0, 0], said
 
 
@@ -312,8 +319,8 @@ def claimed(directory, places, seeds):
         subprocess.Popen([*words, where, str(i), place, seed], env=environment(1), stderr=subprocess.PIPE, text=True)
         for i, (place, seed) in enumerate(zip(places, seeds))
     ]
-    said = [process.communicate(timeout=200)[1] for process in running]
-    return [process.returncode for process in running], said
+    said = ended(running, 200)
+    return [process.returncode for process in running], [error for _, error in said]
 
 
 def test_a_process_with_another_config_ends_all_and_names_the_field(tmp_path):

@@ -6,6 +6,7 @@ and a fingerprint that does not depend on how they are sharded, so damage is not
 of processes can read them. All processes save and restore together, in a directory that all of them see.
 """
 
+import asyncio
 import contextlib
 import warnings
 import zipfile
@@ -166,7 +167,7 @@ class Checkpoints:
         except Mismatch:
             raise
         except Exception as e:  # whatever a damaged file makes orbax, tensorstore or zipfile raise
-            reason = _one_line(e)
+            reason = _one_line(e.__cause__ or e)  # orbax's own says which part of the array, not what is wrong
         reason = next(filter(None, processes.gather(reason, f"reading the checkpoint of step {step}")), "")
         if read is None or reason:
             return None, reason
@@ -187,9 +188,10 @@ class Checkpoints:
         abstract = {name: _abstract(x) for name, x in named.items()}
         stored = {name: x for name, x in abstract.items() if x.size} or {"empty": jax.ShapeDtypeStruct((1,), "float32")}
         restore_args = ocp.checkpoint_utils.construct_restore_args(stored)
-        restored = ocp.PyTreeCheckpointHandler().restore(
-            epath.Path(where / "arrays"), args=ocp.args.PyTreeRestore(stored, restore_args=restore_args)
-        )
+        with _reads_ended():
+            restored = ocp.PyTreeCheckpointHandler().restore(
+                epath.Path(where / "arrays"), args=ocp.args.PyTreeRestore(stored, restore_args=restore_args)
+            )
         return content, {name: restored[name] if x.size else _empty(x) for name, x in abstract.items()}
 
     def _score(self, step: int) -> float | None:
@@ -349,6 +351,31 @@ def _fingerprint(x: Any, xp: Any) -> Any:
 def _on_device(x: Array) -> Array:
     offloaded = x.sharding.memory_kind not in (None, "device")
     return jax.device_put(x, x.sharding.with_memory_kind("device")) if offloaded else x
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """Ends what runs in it before it closes."""
+
+    def close(self) -> None:
+        while left := not self.is_closed() and asyncio.all_tasks(self):
+            self.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        super().close()
+
+
+class _Loops(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return _Loop()
+
+
+@contextlib.contextmanager
+def _reads_ended():
+    """Orbax leaves its loop when a read fails; each of the others would then print a page of traces, at any later time."""
+    before = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(_Loops())
+    try:
+        yield
+    finally:
+        asyncio.set_event_loop_policy(before)
 
 
 def _cause(error: BaseException) -> BaseException:
