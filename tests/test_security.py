@@ -17,7 +17,7 @@ from jaxrl_llm import cli, config_load, redaction
 from jaxrl_llm.config import Tokenizer
 from jaxrl_llm.models import hf
 from jaxrl_llm.tasks.base import RewardSpec
-from jaxrl_llm.tasks.text import character_tokenizer, load_text
+from jaxrl_llm.tasks.text import load_text
 from jaxrl_llm.tasks.workers import Scorer
 from jaxrl_llm.training import host_state, rundir
 
@@ -226,7 +226,7 @@ def test_a_models_own_code_is_not_run(marker, tmp_path):
 @pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "Evil"])
 def test_a_tokenizers_own_code_is_not_run(marker, tmp_path, monkeypatch, name):
     monkeypatch.setattr("builtins.input", lambda *a: "y")  # what transformers would ask
-    character_tokenizer("abc").save_pretrained(str(tmp_path))
+    load_text(Tokenizer(chars="abc")).save(tmp_path)
     code_in(tmp_path, marker, "tokenization_evil")
     evil = {"auto_map": {"AutoTokenizer": [None, "tokenization_evil.Evil"]}, "tokenizer_class": name}
     told = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -239,7 +239,7 @@ def test_a_tokenizers_own_code_is_not_run(marker, tmp_path, monkeypatch, name):
 
 
 def test_a_chat_template_cannot_reach_python(tmp_path):
-    character_tokenizer("abc").save_pretrained(str(tmp_path))
+    load_text(Tokenizer(chars="abc")).save(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ messages.__class__.__mro__[1].__subclasses__() }}")
     words = load_text(Tokenizer(path=str(tmp_path), chat=True))
     with pytest.raises(Exception, match=r"unsafe|SecurityError"):

@@ -1,6 +1,9 @@
 """Tokenizers: built over characters or loaded, prompts, chat templates, stop ids, and token-in-token-out turns."""
 
 import json
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +54,18 @@ def test_a_character_tokenizer_has_one_token_per_character(chars):
     assert chars.vocab == len(CHARS) + 3
     assert len(chars.encode("12 + 3 =\n")) == 9
     assert chars.decode(chars.encode("12 + 3 =\n")) == "12 + 3 =\n"
+
+
+def test_a_start_with_a_character_tokenizer_does_not_wait_for_transformers():
+    code = f"""
+        import sys
+        from jaxrl_llm.config import Tokenizer
+        from jaxrl_llm.tasks.text import load_text
+        text = load_text(Tokenizer(chars={CHARS!r}))
+        assert text.decode(text.encode_prompt("1+1="), special=True) == "<bos>1+1="
+        assert "transformers" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
 def test_a_prompt_of_the_character_tokenizer_starts_with_bos(chars):
@@ -135,9 +150,9 @@ def test_a_turn_of_plain_text_is_appended_as_tokens(chars):
     assert after.dtype == np.int32
 
 
-def test_a_template_that_drops_earlier_completions_is_refused(chat):
-    text = load_text(Tokenizer(chars="ab"))
-    text.tokenizer.chat_template = "{{ messages[-1].content }}"
+def test_a_template_that_drops_earlier_completions_is_refused(chat_directory):
+    text = load_text(Tokenizer(path=str(chat_directory)))
+    text.pretrained().chat_template = "{{ messages[-1].content }}"
     with pytest.raises(ValueError, match="leaves out"):
         text.next_turn(np.zeros(1, np.int32), np.zeros(1, np.int32), [{"role": "user", "content": "x"}])
 
@@ -159,7 +174,7 @@ def test_stop_ids_come_from_the_model_too_and_the_tokenizers_own_is_first(chat_d
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 256]}))
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 9}))
     text = load_text(Tokenizer(path=str(chat_directory)), str(tmp_path))
-    own = text.tokenizer.eos_token_id
+    own = text.pretrained().eos_token_id
     assert text.eos_ids == (own, 7, 256)
     (tmp_path / "generation_config.json").unlink()
     assert load_text(Tokenizer(path=str(chat_directory)), str(tmp_path)).eos_ids == (own, 9)

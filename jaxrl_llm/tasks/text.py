@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ _COMPLETION = "COMPLETION"
 class Text:
     """A Hugging Face fast tokenizer and how this run uses it."""
 
-    tokenizer: Any  # transformers.PreTrainedTokenizerFast
+    core: Any  # tokenizers.Tokenizer
+    pretrained: Callable[[], Any]  # the same with its chat template and files, as transformers has it: slow to import
     eos_ids: tuple[int, ...]  # any of them ends a completion; the first ends a supervised target
     pad_id: int
     bos_id: int | None  # put before every prompt without a chat template; None: the tokenizer adds none
@@ -37,14 +38,14 @@ class Text:
     @property
     def vocab(self) -> int:
         """Number of token ids, added tokens included: the rows an embedding needs."""
-        return max(self.tokenizer.get_vocab().values()) + 1
+        return max(self.core.get_vocab().values()) + 1
 
     def encode(self, text: str) -> np.ndarray:
         """Text as int32 [n] tokens, nothing added. Raises ValueError for a character the tokenizer cannot represent."""
         try:
-            return np.array(self.tokenizer.encode(text, add_special_tokens=False), np.int32)
+            return np.array(self.core.encode(text, add_special_tokens=False).ids, np.int32)
         except Exception as error:  # `tokenizers` raises bare Exception
-            known = self.tokenizer.get_vocab()
+            known = self.core.get_vocab()
             strange = sorted({c for c in text if c not in known})
             raise ValueError(f"tokenizer: cannot encode {text[:60]!r}: {error}; unknown: {strange[:10]}") from None
 
@@ -78,24 +79,22 @@ class Text:
             if not found:
                 raise ValueError("tokenizer.chat: this chat template leaves out earlier assistant messages")
             if len(completion) and int(completion[-1]) in self.eos_ids:  # the policy ended its turn itself
-                end = str(self.tokenizer.convert_ids_to_tokens(int(completion[-1])))
+                end = self.core.id_to_token(int(completion[-1]))
                 between = between.lstrip().removeprefix(end)
         return np.concatenate([context, completion, self.encode(between)]).astype(np.int32)
 
     def decode(self, tokens: Sequence[int] | np.ndarray, special: bool = False) -> str:
         """Text of tokens; special tokens are left out unless `special`."""
-        return self.tokenizer.decode(
-            [int(t) for t in tokens], skip_special_tokens=not special, clean_up_tokenization_spaces=False
-        )
+        return self.core.decode([int(t) for t in tokens], skip_special_tokens=not special)
 
     def token_bytes(self) -> list[bytes]:
         """The bytes every id writes, what stop strings are matched against; special and added tokens literally."""
-        core = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        core = json.loads(self.core.to_str())
         decoder = json.dumps(core.get("decoder"), ensure_ascii=False)
         added = {token["id"] for token in core.get("added_tokens", [])}
         alphabet = _byte_level_alphabet() if '"ByteLevel"' in decoder else None
         pieces = [b""] * self.vocab
-        for token, i in self.tokenizer.get_vocab().items():
+        for token, i in self.core.get_vocab().items():
             if i in added:
                 pieces[i] = token.encode()
             elif alphabet:
@@ -108,10 +107,10 @@ class Text:
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer's files into a Hugging Face directory."""
-        self.tokenizer.save_pretrained(str(path))
+        self.pretrained().save_pretrained(str(path))
 
     def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return self.pretrained().apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
 
 
 def load_text(config: Tokenizer, model_path: str | None = None) -> Text:
@@ -123,27 +122,31 @@ def load_text(config: Tokenizer, model_path: str | None = None) -> Text:
     if config.chars is not None:
         if config.path is not None:
             raise ValueError(f"tokenizer.path: {config.path!r} contradicts tokenizer.chars, expected one of the two")
-        tokenizer, places = character_tokenizer(config.chars), []
-    else:
-        path = config.path or model_path
-        if path is None:
-            raise ValueError("tokenizer.path: is missing, expected a directory (or tokenizer.chars, or model.path)")
-        if not (Path(path) / "tokenizer.json").is_file():
-            raise ValueError(f"tokenizer.path: {path!r} has no tokenizer.json, expected a Hugging Face directory")
-        _transformers_without_advice()
-        from transformers import AutoTokenizer
+        if config.chat:
+            raise ValueError("tokenizer.chat: true, but tokenizer.chars has no chat template, expected false")
+        return _character_text(config.chars)
+    path = config.path or model_path
+    if path is None:
+        raise ValueError("tokenizer.path: is missing, expected a directory (or tokenizer.chars, or model.path)")
+    if not (Path(path) / "tokenizer.json").is_file():
+        raise ValueError(f"tokenizer.path: {path!r} has no tokenizer.json, expected a Hugging Face directory")
+    _transformers_without_advice()
+    from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        places = [Path(p) for p in (model_path, path) if p]
+    tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     if config.chat and not tokenizer.chat_template:
         raise ValueError("tokenizer.chat: true, but this tokenizer has no chat template, expected false")
-    eos_ids = _eos_ids(tokenizer.eos_token_id, places)
+    eos_ids = _eos_ids(tokenizer.eos_token_id, [Path(p) for p in (model_path, path) if p])
     if not eos_ids:
         raise ValueError("tokenizer.path: neither the tokenizer nor the model's config names an end-of-sequence token")
     # A tokenizer says by its post-processor whether prompts start with bos; an eos it appends there is no prompt's business.
     adds_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer.encode("")[:1]
+    core = tokenizer.backend_tokenizer
+    core.no_truncation()  # which its file may ask for
+    core.no_padding()
     return Text(
-        tokenizer,
+        core,
+        lambda: tokenizer,
         eos_ids,
         eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         tokenizer.bos_token_id if adds_bos else None,
@@ -152,30 +155,34 @@ def load_text(config: Tokenizer, model_path: str | None = None) -> Text:
     )
 
 
-def character_tokenizer(chars: str) -> Any:
-    """A transformers fast tokenizer with one token per character of `chars`, after <pad> <bos> <eos>; prompts get bos.
-
-    Saved with `save_pretrained` it is a directory that `AutoTokenizer` loads. Raises ValueError for no or repeated characters.
+def _character_text(chars: str) -> Text:
+    """One token per character of `chars`, after <pad> <bos> <eos>; prompts get bos. Saved, it is a directory that
+    `AutoTokenizer` loads. Raises ValueError for no or repeated characters.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, processors
-
-    _transformers_without_advice()
-    from transformers import PreTrainedTokenizerFast
 
     repeated = sorted(c for c, n in Counter(chars).items() if n > 1)
     if not chars or repeated:
         raise ValueError(f"tokenizer.chars: {chars!r} repeats {repeated}, expected distinct characters, at least one")
     vocab = {token: i for i, token in enumerate([PAD, BOS, EOS, *chars])}
     core = tokenizers.Tokenizer(models.WordLevel(vocab))  # no unknown token: a character outside raises
+    core.add_special_tokens([PAD, BOS, EOS])
     core.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")  # type: ignore[assignment]
     core.decoder = decoders.Fuse()  # type: ignore[assignment]
     core.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, vocab[BOS])]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=PAD, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
-    )
+
+    def pretrained() -> Any:
+        _transformers_without_advice()
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast(
+            tokenizer_object=core, pad_token=PAD, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
+        )
+
+    return Text(core, pretrained, (vocab[EOS],), vocab[PAD], vocab[BOS])
 
 
 def _transformers_without_advice() -> None:
