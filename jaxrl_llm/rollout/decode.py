@@ -16,6 +16,7 @@ K key/value heads, R query heads per key/value head, hd head width, V vocabulary
 M layers with experts, k experts of a token.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -312,26 +313,30 @@ def token_logits(
     at = jnp.arange(slots.context[0].v.shape[2])
     context_seen = at < job.length[slots.occupant][..., None]
 
-    def attend(info: LayerInfo, q: Array, k: Array, v: Array) -> tuple[Array, Cache]:
-        assert isinstance(info.window, int)
-        n = len(own)
-        cache = Cache(
-            lax.dynamic_update_slice_in_dim(slots.own[n].k, k[:, 0, :, :, None], column, 3),
-            lax.dynamic_update_slice_in_dim(slots.own[n].v, v[:, 0, :, None], column, 2),
-        )
-        seen_c, seen_o = context_seen, own_seen
-        if info.window:
-            seen_c = seen_c & (at > position[slots.occupant][..., None] - info.window)
-            seen_o = seen_o & (past < info.window)
-        seat = (slots.occupant, slots.lane, job.place)
-        return joined(q[:, 0], seat, slots.context[n], seen_c, cache, seen_o, info.scale)[:, None], cache
+    x = decoder.embed(spec, weights, slots.token[:, None], settings.dtype)
+    cos, sin = decoder.rope(spec, position[:, None], settings.dtype)
+
+    @partial(jax.jit, static_argnums=0)  # layers of a kind are traced and lowered once
+    def layer(info: LayerInfo, p: Params, context: Cache, own: Cache, x: Array) -> tuple[Array, decoder.Kept]:
+        def attend(info: LayerInfo, q: Array, k: Array, v: Array) -> tuple[Array, Cache]:
+            assert isinstance(info.window, int)
+            cache = Cache(
+                lax.dynamic_update_slice_in_dim(own.k, k[:, 0, :, :, None], column, 3),
+                lax.dynamic_update_slice_in_dim(own.v, v[:, 0, :, None], column, 2),
+            )
+            seen_c, seen_o = context_seen, own_seen
+            if info.window:
+                seen_c = seen_c & (at > position[slots.occupant][..., None] - info.window)
+                seen_o = seen_o & (past < info.window)
+            seat = (slots.occupant, slots.lane, job.place)
+            return joined(q[:, 0], seat, context, seen_c, cache, seen_o, info.scale)[:, None], cache
+
+        return decoder.block(spec, p, info, x, cos, sin, attend)
 
     own: list[Cache] = []
     routes: list[Array] = []
-    x = decoder.embed(spec, weights, slots.token[:, None], settings.dtype)
-    cos, sin = decoder.rope(spec, position[:, None], settings.dtype)
-    for info, p in zip(decoder.layer_infos(spec), weights["layers"]):
-        x, kept = decoder.block(spec, p, info, x, cos, sin, attend)
+    for info, p, *caches in zip(decoder.layer_infos(spec), weights["layers"], slots.context, slots.own):
+        x, kept = layer(info, p, *caches, x)
         own.append(kept.attend)
         routes += [] if kept.routes is None else [kept.routes[:, 0]]
     hidden = decoder.final_norm(spec, weights, x)[:, 0]
