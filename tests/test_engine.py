@@ -358,7 +358,17 @@ def test_meshes_give_the_same_completions(plain, shape):
     mesh = make_mesh(config.Mesh(**{"fsdp": 1, **shape}), jax.devices()[:4])
     params = jax.device_put(PARAMS, rules.shardings(decoder.logical_axes(SPEC), PARAMS, mesh))
     made = engine(params=params, mesh=mesh, slots=16)
+    decode_, heads = made._decode, set()
+
+    def watched(*args):
+        out = slots, *_ = decode_(*args)
+        caches = (*(args[2] or ()), *slots.context, *slots.own)  # args[2]: the contexts'
+        heads.update(x.data.shape[2] for cache in caches for x in cache.k.addressable_shards)
+        return out
+
+    made._decode = watched
     assert_same(one, flat(made.generate(CONTEXTS, COUNTS, seed=2, step=2)), margins)
+    assert heads == {SPEC.kv_heads // shape.get("tp", 1)}
 
 
 def test_a_hook_sets_each_temperature_from_the_logits():

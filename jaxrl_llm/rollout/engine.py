@@ -262,9 +262,11 @@ class Engine:
             prepare = self._prepare.lower(params)
             weights = jax.tree.map(shaped, jax.eval_shape(self._prepare, params), self._weight_shardings)
             prefill = self._prefill.lower(batch, params, shaped(tokens, self._shard), held)
-            pool = shaped(prefill.out_info[0], self._shard)
+            pool = shaped(prefill.out_info[0], self._cached)
             idle = partial(self._idle, size, lanes, pool[0].v.shape[-2])
-            slots = shaped(jax.eval_shape(idle, queue), self._shard)
+            slots = jax.tree.map(
+                lambda sharding, part: shaped(part, sharding), self._slots, jax.eval_shape(idle, queue)
+            )
             rest = self._stop_table, shaped(hook_state, self._everywhere), slots
             decode_ = self._decode.lower(_truncated(sampling), weights, pool, queue, counts, 0, *rest)
         return {"prepare": prepare, "prefill": prefill, "decode": decode_}
@@ -386,15 +388,20 @@ class Engine:
             "layers": [jax.tree.map(lambda s: PartitionSpec(*s[1:]), p) for p in one_by_one],
         }
         self._weight_shardings = weights = jax.tree.map(lambda s: NamedSharding(self.mesh, s), weights)
+        # Whole caches on every device of tp would be gathered after every call.
+        heads = "tp" if spec.kv_heads % sizes["tp"] == 0 else None
+        self._cached = NamedSharding(self.mesh, PartitionSpec(SHARDED, None, heads))
+        self._slots = decode.Slots(*[self._shard] * len(decode.Slots._fields))
+        self._slots = self._slots._replace(context=self._cached, own=self._cached)
         quick = partial(jax.jit, compiler_options=quickly(target.of(self.mesh).platform))
         self._prepare = quick(counted(partial(decode.prepare, spec, settings.dtype), "prepare"), out_shardings=weights)
-        once = (self._shard, self._everywhere)
+        once = (self._cached, self._everywhere)
         self._prefill = jax.jit(counted(prefill, "prefill"), static_argnums=0, out_shardings=once)
-        self._idle = quick(counted(idle, "idle"), static_argnums=(0, 1, 2))
+        self._idle = quick(counted(idle, "idle"), static_argnums=(0, 1, 2), out_shardings=self._slots)
         # Every process reads the whole log, so that all of them take the same decisions.
-        out = (self._shard, self._everywhere, self._everywhere)
+        out = (self._slots, self._everywhere, self._everywhere)
         self._decode = jax.jit(counted(decode_, "decode"), static_argnums=0, donate_argnums=8, out_shardings=out)
-        self._compact = quick(counted(compact, "compact"), static_argnums=0)
+        self._compact = quick(counted(compact, "compact"), static_argnums=0, out_shardings=self._slots)
         self._keys = quick(counted(item_keys, "item_keys"))
 
 
