@@ -244,6 +244,11 @@ class Eval(Section):
 
 
 class Checkpoint(Section):
+    dir: str | None = described(
+        None,
+        "directory that holds checkpoints instead of run.dir, which other processes then need not see: of a file system that "
+        "all share, or gs://BUCKET/PATH (extra gcs)",
+    )
     every: int = described(50, "steps between checkpoints; 0: only at the end and on signals", ge=0)
     keep: int = described(2, "latest checkpoints to keep", ge=1)
     keep_best: bool = described(False, "also keep the one with the best held-out score")

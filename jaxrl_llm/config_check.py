@@ -3,6 +3,7 @@ key, value, what is expected. What runs but teaches nothing is a warning."""
 
 import dataclasses
 import difflib
+import importlib.util
 import json
 import typing
 import warnings
@@ -30,6 +31,7 @@ def check(config: Config) -> None:
     _routing(config)
     _lengths(config)
     _evaluation(config)
+    _checkpoint(config)
     _mesh(config)
     _distributed(config)
 
@@ -180,6 +182,32 @@ def _evaluation(config: Config) -> None:
         raise ValueError(f"eval.samples={e.samples}: pass@{max(e.k)} needs that many, expected at least {max(e.k)}")
     if e.samples > 1 and e.temperature == 0:
         raise ValueError(f"eval.samples={e.samples}: greedy samples are all equal, expected eval.temperature above 0")
+
+
+def _checkpoint(config: Config) -> None:
+    where = config.checkpoint.dir
+    key, path = ("run.dir", config.run.dir) if where is None else ("checkpoint.dir", where)
+    if marks := sorted(set("*?[") & set(path if "://" in path else str(Path(path).absolute()))):
+        # Orbax would take no part of an array into a step, and call it whole.
+        raise ValueError(f"{key}={path!r}: has {' and '.join(marks)} in its path, expected one without * ? [")
+    if where is None:
+        return
+    scheme, found, rest = where.partition("://")
+    if not where or (found and (scheme != "gs" or not rest.partition("/")[0])):
+        raise ValueError(f"checkpoint.dir={where!r}: expected a directory, or gs://BUCKET/PATH")
+    for package in ("gcsfs", "google.cloud.storage") if found else ():
+        if not _installed(package):
+            raise ValueError(
+                f"checkpoint.dir={where!r}: the package {package} is missing, expected the extra gcs "
+                "(pip install 'jaxrl_llm[gcs]')"
+            )
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # a package around it
+        return False
 
 
 def _mesh(config: Config) -> None:

@@ -155,6 +155,12 @@ def test_the_model_to_evaluate_is_the_named_one_then_the_export_then_the_start(t
     assert ev.model_directory(settings, None) == str(tmp_path / "export")
 
 
+def test_a_process_that_does_not_see_the_export_takes_no_other_model(tmp_path, monkeypatch):
+    settings = SimpleNamespace(run=SimpleNamespace(dir=str(tmp_path)), model=SimpleNamespace(path="start"))
+    monkeypatch.setattr(ev.processes, "from_lead", lambda make, what: True)  # of a process 0 on another disk
+    assert ev.model_directory(settings, None) == str(tmp_path / "export")
+
+
 def test_nothing_to_evaluate_is_one_line(tmp_path):
     settings = SimpleNamespace(run=SimpleNamespace(dir=str(tmp_path)), model=SimpleNamespace(path=None))
     with pytest.raises(ValueError, match=r"run\.dir=.* --model"):

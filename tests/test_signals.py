@@ -89,6 +89,53 @@ def test_another_config_is_refused_by_its_first_differing_key(tmp_path, key, val
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == CONFIG
 
 
+def elsewhere(path):
+    return {**CONFIG, "checkpoint": {"dir": str(path)}}
+
+
+def test_checkpoints_lie_in_the_run_directory_or_where_checkpoint_dir_says(tmp_path):
+    with claim(tmp_path / "a", CONFIG) as run:
+        assert str(run.checkpoints) == str(tmp_path / "a" / "checkpoints")
+        assert str(run.warmstart) == str(tmp_path / "a" / "warmstart")
+    with claim(tmp_path / "b", elsewhere(tmp_path / "disk")) as run:
+        assert str(run.checkpoints) == str(tmp_path / "disk" / "checkpoints")
+        assert str(run.warmstart) == str(tmp_path / "disk" / "warmstart")
+    with claim(tmp_path / "b", elsewhere(tmp_path / "b")) as run:  # moved back, said in other words
+        assert run.resumed and str(run.checkpoints) == str(tmp_path / "b" / "checkpoints")
+
+
+def test_where_checkpoints_lie_belongs_to_one_run_and_one_process_too(tmp_path):
+    with (
+        claim(tmp_path / "a", elsewhere(tmp_path / "disk")),
+        pytest.raises(ValueError, match=rf"^checkpoint\.dir={tmp_path}/disk: process {os.getpid()} is running there"),
+        claim(tmp_path / "b", elsewhere(tmp_path / "disk")),
+    ):
+        pass
+    other = {**elsewhere(tmp_path / "disk"), "eval": {"k": [2]}}
+    with (
+        pytest.raises(
+            ValueError, match=rf"^checkpoint\.dir={tmp_path}/disk: holds a run with eval\.k=\[1, 4\], .* a new checkpo"
+        ),
+        claim(tmp_path / "c", other),
+    ):
+        pass
+
+
+def test_a_run_that_has_written_metrics_knows_where_it_saved_before(tmp_path):
+    with claim(tmp_path / "a", CONFIG) as run:
+        born = run.born
+    with claim(tmp_path / "a", elsewhere(tmp_path / "disk")) as run:
+        assert run.left is None
+    (tmp_path / "a" / "metrics.jsonl").write_text("{}\n")
+    with claim(tmp_path / "a", CONFIG) as run:
+        assert run.left is None
+    with claim(tmp_path / "a", elsewhere(tmp_path / "disk")) as run:
+        assert run.left == f"run.dir={tmp_path / 'a'}"
+        assert run.born == born
+    with claim(tmp_path / "b", CONFIG) as run:
+        assert run.born != born
+
+
 def test_a_directory_with_other_files_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match=r"thesis\.tex"), claim(tmp_path, CONFIG):

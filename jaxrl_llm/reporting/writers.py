@@ -18,17 +18,25 @@ class Writers:
       directory: the run directory; None writes nothing (the processes of a run that leave that to the first).
       position: what `position()` said when the checkpoint that the run goes on from was saved; whatever was written after
         it is cut away. None for a new run.
+      born: tells this directory from others that the run may have had, on machines that are gone. When `position` was said of
+        another (`elsewhere`), what is cut away here are the lines of later steps.
     """
 
-    def __init__(self, directory: str | Path | None, position: Mapping[str, int] | None = None):
+    def __init__(
+        self, directory: str | Path | None, position: Mapping[str, Any] | None = None, born: str | None = None
+    ):
         position = position or {"metrics": 0, "samples": 0, "step": -1}
+        self._born = born
+        self.elsewhere = position.get("born", born) != born
         self._step, self._board = position["step"], None
         if directory is None:
             self._metrics = self._samples = Path(os.devnull).open("ab")  # noqa: SIM115 (`close` closes it)
             return
         directory = Path(directory)
-        self._metrics = _open_at(directory / "metrics.jsonl", position["metrics"])
-        self._samples = _open_at(directory / "samples.jsonl", position["samples"])
+        self._metrics, self._samples = (
+            _open_at(path, _length_until(path, self._step) if self.elsewhere else position[path.stem])
+            for path in (directory / "metrics.jsonl", directory / "samples.jsonl")
+        )
         # tensorboard hides events at and after `purge_step` that were written before this one.
         purge = None if self._step < 0 else self._step + 1
         board = directory / "tensorboard"
@@ -58,9 +66,10 @@ class Writers:
         """Tensorboard text, for the config and notes."""
         self._show("add_text", tag, text, step)
 
-    def position(self) -> dict[str, int]:
+    def position(self) -> dict[str, Any]:
         """Where the files end now; goes into the checkpoint."""
-        return {"metrics": self._metrics.tell(), "samples": self._samples.tell(), "step": self._step}
+        ends = {"metrics": self._metrics.tell(), "samples": self._samples.tell()}
+        return {**ends, "step": self._step, "born": self._born}
 
     def close(self) -> None:
         self._metrics.close()
@@ -109,6 +118,16 @@ def _open_at(path: Path, position: int):
         raise ValueError(f"{path}: {size} bytes, expected at least the {position} the checkpoint knows of")
     file.truncate(position)
     return file
+
+
+def _length_until(path: Path, step: int) -> int:
+    """Bytes of the whole lines up to `step`."""
+    length = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            break
+        length += len(line)
+    return length
 
 
 def _number(value: Any) -> float | int | None:

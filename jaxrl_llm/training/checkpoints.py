@@ -1,18 +1,21 @@
-"""Whole-run checkpoints with orbax: a step is either whole on disk or absent.
+"""Whole-run checkpoints with orbax, on disk or in object storage: a step is either whole there or absent.
 
 A checkpoint holds a pytree of device arrays (parameters, optimizer states, algorithm state) and the host's part (JSON
 values and nested dicts of numpy arrays). The arrays are stored by the name of their path in the tree, with shape, dtype
 and a fingerprint that does not depend on how they are sharded, so damage is noticed, and another mesh or another number
 of processes can read them. All processes save and restore together, in a directory that all of them see.
+
+On disk a step is whole when it has its name, which a rename gives it. In object storage nothing can be renamed at once: orbax
+writes under the last name, and a step is one when the object `commit_success.txt`, which is written last, is there.
 """
 
 import asyncio
 import contextlib
+import os
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +28,7 @@ from orbax.checkpoint.options import AsyncOptions
 
 from jaxrl_llm.sharding import processes
 from jaxrl_llm.training import host_state
+from jaxrl_llm.training.places import place, remote, unreachable
 from jaxrl_llm.types import Memory
 
 Tree = Any
@@ -42,14 +46,14 @@ class Checkpoints:
     """Checkpoints of one run in `directory`, written in the background.
 
     Args:
-      directory: where steps are kept; created when missing. Only one run may use it at a time: leftovers of interrupted
-        saves are removed here.
+      directory: where steps are kept (`places.place`), and nothing else; created when missing. Only one run may use it at a
+        time: leftovers of interrupted saves are removed here.
       keep: how many of the latest steps to keep.
       keep_best: keep the step with the highest `score` as well.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 2, keep_best: bool = False):
-        self.directory = Path(directory).absolute()
+    def __init__(self, directory: str | os.PathLike[str], keep: int = 2, keep_best: bool = False):
+        self.directory = place(directory)
         self._retention = Retention(keep, keep_best, {})
         # Orbax's own barrier would wait for processes that have said that they failed.
         barrier = AsyncOptions(barrier_sync_fn=processes.meet) if processes.count() > 1 else None
@@ -167,6 +171,10 @@ class Checkpoints:
         except Mismatch:
             raise
         except Exception as e:  # whatever a damaged file makes orbax, tensorstore or zipfile raise
+            if remote(self.directory) and unreachable(e):
+                raise CheckpointError(
+                    f"checkpoints: could not read step {step} in {self.directory}: {_one_line(e)}"
+                ) from e
             reason = _one_line(e.__cause__ or e)  # orbax's own says which part of the array, not what is wrong
         reason = next(filter(None, processes.gather(reason, f"reading the checkpoint of step {step}")), "")
         if read is None or reason:
@@ -190,7 +198,7 @@ class Checkpoints:
         restore_args = ocp.checkpoint_utils.construct_restore_args(stored)
         with _reads_ended():
             restored = ocp.PyTreeCheckpointHandler().restore(
-                epath.Path(where / "arrays"), args=ocp.args.PyTreeRestore(stored, restore_args=restore_args)
+                where / "arrays", args=ocp.args.PyTreeRestore(stored, restore_args=restore_args)
             )
         return content, {name: restored[name] if x.size else _empty(x) for name, x in abstract.items()}
 
@@ -203,7 +211,8 @@ class Checkpoints:
     def _set_aside(self, step: int) -> None:
         def move() -> None:
             before = len(list(self.directory.glob(f"damaged_{step}.*")))
-            (self.directory / str(step)).rename(self.directory / f"damaged_{step}.{before}")
+            with self._reporting(f"could not set step {step} aside in"):  # what is cut short, the next start does again
+                (self.directory / str(step)).rename(self.directory / f"damaged_{step}.{before}")
 
         processes.from_lead(move, f"moving step {step} aside")
         self._manager.reload()
@@ -297,7 +306,7 @@ def _manifest(arrays: Mapping[str, Array | np.ndarray]) -> dict[str, Any]:
     }
 
 
-def _check_leaves(manifest: dict[str, Any], named: dict[str, Any], where: Path) -> None:
+def _check_leaves(manifest: dict[str, Any], named: dict[str, Any], where: epath.Path) -> None:
     for name in [*named, *manifest]:
         if name not in manifest or name not in named:
             side = "has no" if name not in manifest else "has an unexpected"

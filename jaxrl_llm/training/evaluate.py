@@ -167,7 +167,8 @@ def model_directory(settings: config.Config, path: str | None) -> str:
     exported = Path(settings.run.dir) / "export"
     if path is not None:
         return path
-    if exported.is_dir():
+    # Of several hosts perhaps only the first has the run directory; none may then take another model.
+    if processes.from_lead(exported.is_dir, f"whether there is {exported}"):
         return str(exported)
     if settings.model.path is not None:
         return settings.model.path

@@ -9,7 +9,6 @@ import io
 import json
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -75,9 +74,9 @@ def decode(content: bytes) -> Any:
         return one(json.loads(_member(file, _JSON).tobytes()))
 
 
-def values(directory: Path) -> Any:
+def values(directory: epath.Path) -> Any:
     """The JSON part of what is in `directory`, without reading the arrays. Raises as `decode` and `open` do."""
-    with np.load(directory / FILE, allow_pickle=False) as file:
+    with (directory / FILE).open("rb") as content, np.load(content, allow_pickle=False) as file:
         return json.loads(_member(file, _JSON).tobytes())
 
 

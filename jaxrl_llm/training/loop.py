@@ -90,6 +90,11 @@ def _run(made: Parts, params: Params, run: RunDir, stop: Stop, progress: Progres
     state = jax.tree.map(jnp.asarray, alg.init())
     with Checkpoints(run.checkpoints, config.checkpoint.keep, config.checkpoint.keep_best) as checkpoints:
         fresh = checkpoints.empty()
+        if fresh and run.left:
+            raise ValueError(
+                f"checkpoint.dir={config.checkpoint.dir}: no checkpoint there, while this run saved to {run.left}; expected "
+                "its checkpoints there, or a new run.dir"
+            )
         if fresh and config.warmstart.steps:
             warm = phases.warm_start(made, params, run, stop, progress)
             if warm is None:
@@ -108,8 +113,10 @@ def _run(made: Parts, params: Params, run: RunDir, stop: Stop, progress: Progres
             save(made, training, at, checkpoints, writers)
         else:
             at, written = restore(made, training, state, checkpoints)
-            writers = _writers(run, written)
             progress.note(f"going on after step {at.step}")
+            writers = _writers(run, written)
+            if writers.elsewhere:
+                progress.note(f"metrics and samples up to there were written in another run directory than {run.path}")
         try:
             return _steps(made, training, at, run, writers, checkpoints, stop, progress)
         finally:
@@ -325,7 +332,7 @@ def save(
     checkpoints.save(at.step, tree, host, at.memory, score=score, wait=wait)
 
 
-def restore(made: Parts, training: Training, state: State, checkpoints: Checkpoints) -> tuple[Position, dict[str, int]]:
+def restore(made: Parts, training: Training, state: State, checkpoints: Checkpoints) -> tuple[Position, dict[str, Any]]:
     """The newest checkpoint: learner and prompt order as they were; also how much of the metrics it had written."""
     found = checkpoints.restore_latest({"train": training.learner.train, "state": state})
     assert found is not None  # the caller saw a step
@@ -340,8 +347,8 @@ def _progress() -> Progress:
     return Progress(None if processes.lead() else open(os.devnull, "w"))
 
 
-def _writers(run: RunDir, position: dict[str, int] | None = None) -> Writers:
-    return Writers(run.path if processes.lead() else None, position)
+def _writers(run: RunDir, position: dict[str, Any] | None = None) -> Writers:
+    return Writers(run.path if processes.lead() else None, position, run.born)
 
 
 def _held_out(

@@ -26,7 +26,7 @@ def warm_start(parts: Parts, params: Params, run: RunDir, stop: Stop, progress: 
     data = warmstart.examples(pairs, words.eos_ids[0], config.rollout.max_prompt, config.rollout.max_new)
     state = warmstart.init(settings.optimizer, settings.steps, params)
     spent = 0.0
-    with Checkpoints(run.path / "warmstart", keep=1) as checkpoints:
+    with Checkpoints(run.warmstart, keep=1) as checkpoints:
         if not checkpoints.empty():
             _, state, host, _ = checkpoints.restore_latest(state)  # type: ignore[misc]
             spent = host["spent"]
@@ -54,7 +54,9 @@ def warm_start(parts: Parts, params: Params, run: RunDir, stop: Stop, progress: 
             if stop.agree() or due:
                 checkpoints.save(done, state, {"spent": time.monotonic() - began}, {}, wait=stop.agreed)
             if stop.agreed:
-                progress.note(f"saved step {done} of the warm start in {run.path}; the same command goes on from there")
+                progress.note(
+                    f"saved step {done} of the warm start in {run.warmstart}; the same command goes on from there"
+                )
                 return None
     return state.params
 
