@@ -96,9 +96,10 @@ def steps_of(directory):
     return sorted(int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit())
 
 
-def saved(directory):
-    """Every array of the newest checkpoint, by name."""
-    where, handler = directory / "checkpoints" / str(steps_of(directory)[-1]) / "arrays", ocp.PyTreeCheckpointHandler()
+def saved(directory, step=None):
+    """Every array of the checkpoint, the newest by default, by name."""
+    step = steps_of(directory)[-1] if step is None else step
+    where, handler = directory / "checkpoints" / str(step) / "arrays", ocp.PyTreeCheckpointHandler()
     names = handler.metadata(where).tree
     plain = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
     return handler.restore(where, args=ocp.args.PyTreeRestore(restore_args=plain))
@@ -112,7 +113,7 @@ def assert_same_run(a, b, **tolerance):
     for name, x in arrays_a.items():
         compare(x, arrays_b[name], err_msg=name, **tolerance)
     for x, y in zip(metrics_of(a), metrics_of(b), strict=True):
-        assert x == (pytest.approx(y, rel=1e-3, abs=1e-5) if tolerance else y)
+        assert x == (pytest.approx(y, rel=1e-3, abs=tolerance["atol"]) if tolerance else y)
 
 
 def part_of(original, directory, steps):
