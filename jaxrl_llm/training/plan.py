@@ -177,7 +177,7 @@ def _memory(config: Config, step: Step, trees: dict[str, tuple[Any, Any]]) -> di
     if config.learner.routing_replay != "none":
         positions = step.rows * (config.rollout.max_prompt + config.rollout.max_new)
         memory["learner: experts to replay"] = positions * math.prod(step.spec.routes) * np.dtype(np.int16).itemsize
-    memory[ACTIVATIONS] = _activation_bytes(config, step)
+    memory[ACTIVATIONS] = _activation_bytes(config, step, count["policy"])
     return memory
 
 
@@ -214,8 +214,9 @@ def _cache_bytes(config: Config, step: Step) -> int:
     return 2 * tokens * spec.layers * heads * spec.head_dim * jnp.dtype(_decode_dtype(config)).itemsize // shards
 
 
-def _activation_bytes(config: Config, step: Step) -> int:
-    """What the gradient of a microbatch keeps and makes: by the remat setting, one layer computed again, the head.
+def _activation_bytes(config: Config, step: Step, parameters: int) -> int:
+    """What the gradient of a microbatch keeps and makes: by the remat setting, one layer computed again or the head, and of the
+    `parameters` that a device holds their cast and their gradients.
 
     Attention scores, where no kernel keeps them to itself, and logits are there with their gradients, in at least float32.
     """
@@ -243,20 +244,25 @@ def _activation_bytes(config: Config, step: Step) -> int:
     remat = config.model.remat
     if remat == "auto":
         remat = decoder.fitting_remat(spec, tokens, dtype, step.on)
-    kept = {"none": everything, "dots": products, "full": stream}[remat]
-    once = 0 if remat == "none" else everything // spec.layers
-    return (kept + once) * tokens + _head_bytes(config, step, layout.sequences * own // shards)
+    kept = {"none": everything, "dots": products, "full": stream}[remat] * tokens
+    once = 0 if remat == "none" else everything // spec.layers * tokens
+    # On TPUs the loop that goes backwards reads a copy of what the one that went forwards has stacked.
+    copies = 2 if step.on.platform == "tpu" else 1
+    logits, gathered, sums = _head_bytes(config, step, layout.sequences * own // shards)
+    cast = item if dtype != config.model.param_dtype else 0
+    fresh = jnp.dtype(config.model.param_dtype).itemsize  # gradients of the piece, beside their sum over pieces
+    return copies * kept + (cast + fresh) * parameters + sums + max(2 * logits + gathered, once)
 
 
-def _head_bytes(config: Config, step: Step, scored: int) -> int:
-    """Logits of so many tokens in float32 with their gradient, and the output matrix as it is gathered and accumulated."""
+def _head_bytes(config: Config, step: Step, scored: int) -> tuple[int, int, int]:
+    """Logits of so many tokens in float32; the output matrix as it is gathered, and the sum of its gradients over chunks."""
     sizes, matrix = step.mesh, step.spec.embed * step.spec.vocab // step.mesh["tp"]
     most = config.model.head_chunk * step.spec.vocab // sizes["tp"] or CHUNK_ELEMENTS
     logits = min(scored * step.spec.vocab // sizes["tp"], most)
     whole = sizes["fsdp"] == 1 and config.model.dtype == config.model.param_dtype
     gathered = 0 if whole else matrix * jnp.dtype(config.model.dtype).itemsize
     sums = 0 if logits < most else 4 * matrix  # whole on every shard of the batch until all chunks are summed
-    return 2 * 4 * logits + gathered + sums
+    return 4 * logits, gathered, sums
 
 
 def _names(names: Sequence[str]) -> str:
