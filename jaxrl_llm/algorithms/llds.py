@@ -8,7 +8,7 @@ Kept rows are those with A >= 0: what was right, or no worse than the rest, must
 1 where the likelihood of the whole action fell (`action`; a run of trained tokens, so tool output ends one), of the whole
 completion (`response`), or everywhere (`token`). w is 1, or `answer_weight` on tokens of the final answer (LLDS-MA: rows then bring
 an "answer_mask" [B, T]). At logp = old_logp the term is 0: it acts from the second optimizer step on a batch, so it needs
-`learner.epochs` or `learner.minibatches` above 1.
+`learner.epochs` or `learner.minibatches` above 1. In the first step rounding decides which tokens fell: each gets lam w / N of gradient.
 
 L_GRPO is GRPO's, or with ratio=sequence GSPO's in its token form. `denominator=all` divides by all trained tokens, as the released
 code does against the paper. Aggregation is the code's; the paper has the mean over rows. The code's clamp of the ratio is not here.
