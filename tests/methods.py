@@ -77,9 +77,9 @@ OWN: dict[str, dict[str, Any]] = {
 # Seldom, collectives of CPU devices meet in another order, whatever the method ("Open" in docs/architecture.md): a run is then
 # begun again, once.
 MISMATCH = "gloo::EnforceNotMet"
-# empg and hapo divide by how far entropies spread, 1e-3 with random weights: their rounding is 1e-4 of that (in float64 both agree
-# to 1e-12). In llds the rounding of a first pass decides which tokens fell.
-TOLERANCE = {"empg": 1e-3, "hapo": 1e-3, "llds": 1e-3}
+# What rounding is made of: empg and hapo divide by how far entropies spread, 1e-3 with random weights; in llds a first pass's decides
+# which tokens fell. In float64 all three agree to 1e-12.
+TOLERANCE = {"empg": 1e-3, "hapo": 1e-3, "llds": 1e-2}
 
 
 def reward(completion: str, record: Mapping[str, Any]) -> float:
