@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -60,7 +61,6 @@ OWN: dict[str, dict[str, Any]] = {
     },
     # It takes one part besides the task's own, and random weights name no entities.
     "e_grpo": {"rewards": {"parts": [REWARD]}, "rollout": {"max_new": 8}},
-    "llds": {"algorithm": {"lam": 1e-3}},
     "loop": {"algorithm": {"minibatch": 8}},
     "mini_rl_moe": {"model": {"spec": {"num_experts": 4, "moe_intermediate_size": 16}}},
     "rloo": {"reference": {"mode": "host"}},
@@ -77,9 +77,9 @@ OWN: dict[str, dict[str, Any]] = {
 # Seldom, collectives of CPU devices meet in another order, whatever the method ("Open" in docs/architecture.md): a run is then
 # begun again, once.
 MISMATCH = "gloo::EnforceNotMet"
-# What rounding is made of: empg and hapo divide by how far entropies spread, 1e-3 with random weights; in llds a first pass's decides
-# which tokens fell. In float64 all three agree to 1e-12.
-TOLERANCE = {"empg": 1e-3, "hapo": 1e-3, "llds": 1e-2}
+# empg and hapo divide by how far entropies spread, 1e-3 with random weights, so rounding grows. In llds it decides which tokens fell in a
+# first pass: its runs part. In float64 (JAX_ENABLE_X64=1, model.dtype and param_dtype) all three agree to 1e-12.
+TOLERANCE = {"empg": 1e-3, "hapo": 1e-3}
 
 
 def reward(completion: str, record: Mapping[str, Any]) -> float:
@@ -301,7 +301,7 @@ def main() -> int:
                 print(f"{slug:14} moved {found.moved:.1e}  arrays {found.arrays:.1e}  metrics {found.metrics:.1e}")
             except AssertionError as error:
                 bad += 1
-                print(f"{slug:14} DIFFERS\n{error}")
+                print(f"{slug:14} DIFFERS\n{error or traceback.format_exc(limit=-1)}")
     return bool(bad)
 
 
