@@ -103,7 +103,7 @@ def test_the_inner_states_are_those_between_layers_run_one_by_one(family):
     params = tiny.params(spec)
     x = decoder.embed(spec, params, tiny.tokens(2, 7), jnp.float32)
     cos, sin = decoder.rope(spec, jnp.broadcast_to(jnp.arange(7), (2, 7)), jnp.float32)
-    layers = zip(decoder.unstack(spec, params), decoder.layer_infos(spec))
+    layers = zip(tiny.unstack(spec, params), decoder.layer_infos(spec))
     for i, (own, info) in enumerate(layers):
         x, _ = decoder.block(spec, own, info, x, cos, sin, attention.causal())
         states, inner = inner_of(spec, params, i)

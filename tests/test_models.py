@@ -186,7 +186,7 @@ def test_layers_one_by_one_equal_the_scan(family):
     expected, kept = decoder.forward(spec, params, tokens, positions(tokens), attention.causal(keep_kv=True))
     x = decoder.embed(spec, params, tokens, jnp.float32)
     cos, sin = decoder.rope(spec, positions(tokens), jnp.float32)
-    for i, (p, info) in enumerate(zip(decoder.unstack(spec, params), decoder.layer_infos(spec))):
+    for i, (p, info) in enumerate(zip(tiny.unstack(spec, params), decoder.layer_infos(spec))):
         x, own = decoder.block(spec, p, info, x, cos, sin, attention.causal(keep_kv=True))
         for a, b in zip(own.attend, kept.attend):
             np.testing.assert_allclose(a, b[i], atol=1e-5)

@@ -35,7 +35,7 @@ def loss(spec, params, tokens):
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 def test_loss_and_gradients_are_the_same_on_every_mesh(family):
     spec = tiny.spec(family, attention_bias=True)
-    params, tokens = tiny.params(spec), tiny.tokens(8, 10)
+    params, tokens = tiny.params(spec), tiny.tokens(8, 11)  # ten positions, which tp divides
     expected, gradient = jax.jit(jax.value_and_grad(lambda p: loss(spec, p, tokens)))(params)
     for sizes in MESHES:
         mesh = mesh_of(sizes)
@@ -45,6 +45,25 @@ def test_loss_and_gradients_are_the_same_on_every_mesh(family):
             value, g = f(jax.device_put(params, layout), jax.device_put(tokens, rules.batch_sharding(mesh)))
         np.testing.assert_allclose(value, expected, rtol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), g, gradient)
+
+
+def test_what_enters_a_layer_is_kept_in_parts_over_tp():
+    """For the backward pass, stacked over layers: with all positions on every device it would be most of a large model's memory."""
+    spec, (b, s) = tiny.spec(num_hidden_layers=3), (2, 16)
+    mesh = mesh_of({"fsdp": 1, "tp": 4})
+    layout = rules.shardings(decoder.logical_axes(spec), decoder.abstract(spec), mesh)
+    given = jax.tree.map(
+        lambda x, on: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on), decoder.abstract(spec), layout
+    )
+
+    def loss(params, tokens):
+        at = jnp.arange(s)[None]
+        return decoder.forward(spec, params, tokens, at, attention.causal(), remat="full")[0].sum()
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss)).lower(given, jax.ShapeDtypeStruct((b, s), jnp.int32)).compile().as_text()
+    assert f"f32[3,{b},{s // 4},{spec.embed}]" in text
+    assert f"f32[3,{b},{s},{spec.embed}]" not in text
 
 
 def test_random_parameters_are_the_same_on_every_mesh():

@@ -74,5 +74,10 @@ def params(spec: ModelSpec, seed: int = 0, dtype: Any = np.float32) -> Any:
     return jax.tree_util.tree_map_with_path(one, decoder.abstract(spec, dtype))
 
 
+def unstack(spec: ModelSpec, params: Any) -> list[Any]:
+    """Parameters layer by layer, for layers run one by one."""
+    return [jax.tree.map(lambda w: w[0], decoder.some_layers(spec, params, i, i + 1)) for i in range(spec.layers)]
+
+
 def tokens(rows: int, length: int, vocab: int = 32, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(2, vocab, (rows, length), dtype=np.int32)

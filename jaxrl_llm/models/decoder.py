@@ -137,11 +137,6 @@ def layer_infos(spec: ModelSpec) -> list[LayerInfo]:
     return [LayerInfo(w, spec.scale) for w in spec.windows]
 
 
-def unstack(spec: ModelSpec, params: Params) -> list[Params]:
-    """Parameters layer by layer, for layers run one by one."""
-    return [jax.tree.map(lambda w: w[0], some_layers(spec, params, i, i + 1)) for i in range(spec.layers)]
-
-
 def own_parts(spec: ModelSpec, layers: Params, i: int) -> Params:
     """Of stacked layer parameters (or of something for each of them) what layer `i` has."""
     other = DENSE if spec.sparse[i] else (EXPERTS,)
@@ -176,7 +171,7 @@ def reached(spec: ModelSpec, params: Params, layer: int, norm: bool) -> Params:
 
 def embed(spec: ModelSpec, params: Params, tokens: Int[Array, "B S"], dtype: Any) -> Float[Array, "B S D"]:
     """Token embeddings in the compute dtype."""
-    return constrain(params["embed"].astype(dtype)[tokens], "batch", "seq", None)
+    return constrain(params["embed"].astype(dtype)[tokens], "batch", "stream", None)
 
 
 def unembed(spec: ModelSpec, params: Params) -> Float[Array, "D V"]:
@@ -263,7 +258,7 @@ def block(
     else:
         h = act(project(h, p["gate"])) * project(h, p["up"])
         h = project(constrain(h, "batch", "seq", "mlp"), p["down"])
-    return constrain(x + h, "batch", "seq", None), Kept(y, routes)
+    return constrain(x + constrain(h, "batch", "stream", None), "batch", "stream", None), Kept(y, routes)
 
 
 def kept_products(spec: ModelSpec, dtype: Any, platform: str) -> int:
@@ -311,6 +306,8 @@ def forward(
     def layer(x: Array, own: tuple[Params, Array | None, Array | None]) -> tuple[Array, Kept]:
         p, window, route = own
         info = LayerInfo(window if mixed else spec.windows[0], spec.scale)  # type: ignore[arg-type]
+        # The first names how what enters is kept for the backward pass: without it XLA keeps what the second gathers.
+        x = constrain(constrain(x, "batch", "stream", None), "batch", "seq", None)
         return block(spec, p, info, x, cos, sin, attend, route)
 
     if remat != "none":
@@ -328,7 +325,7 @@ def forward(
         x, own = jax.lax.scan(layer, x, (some_layers(spec, params, first, end), window, route))
         kept.append(own)
         inside = x if inner == end - 1 else inside
-    return final_norm(spec, params, x), _stacked(kept)._replace(inner=inside)
+    return final_norm(spec, params, constrain(x, "batch", "seq", None)), _stacked(kept)._replace(inner=inside)
 
 
 def _stacked(kept: list[Kept]) -> Kept:

@@ -13,6 +13,7 @@ Axes = tuple[str | None, ...]  # logical names of an array's dimensions; None is
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("dp", "fsdp"),
     "seq": ("sp",),
+    "stream": ("sp", "tp"),  # positions of the residual stream between layers, where nothing else is split over tp
     "vocab": ("tp",),
     "embed": ("fsdp",),
     "heads": ("tp",),
