@@ -1,6 +1,7 @@
 """The rollout engine against plain teacher-forced forward passes of tiny models."""
 
 import json
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -458,7 +459,7 @@ def lowered(made, lanes):
     state = jax.eval_shape(
         lambda: decode.idle_slots(spec, jnp.float32, slots, lanes, settings.max_new, columns, queue_of(items))
     )
-    weights = jax.eval_shape(partial(decode.prepare, spec, jnp.float32), PARAMS)
+    weights = made.weight_shapes(PARAMS)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     f = jax.jit(partial(decode.decode, settings, False), donate_argnums=7)
     compiled = f.lower(weights, pool, queue, number, number, None, (), state).compile()
@@ -520,3 +521,17 @@ def test_bad_input_is_refused_in_one_line(plain):
 def test_no_items_give_no_completions(plain):
     assert plain.generate([], [], seed=0, step=0) == []
     assert plain.generate(CONTEXTS[:2], [0, 0], seed=0, step=0) == [[], []]
+
+
+def test_without_weights_there_is_room_for_other_things_and_no_generation():
+    made = engine()
+    before = made.generate(CONTEXTS, COUNTS, seed=3, step=0)
+    held = weakref.ref(made._weights["embed"])
+    made.drop_weights()
+    assert held() is None
+    with pytest.raises(RuntimeError, match="set_weights"):
+        made.generate(CONTEXTS, COUNTS, seed=3, step=0)
+    made.set_weights(PARAMS, version=8)
+    assert [c.tokens.tolist() for c in flat(made.generate(CONTEXTS, COUNTS, seed=3, step=0))] == [
+        c.tokens.tolist() for c in flat(before)
+    ]

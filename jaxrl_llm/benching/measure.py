@@ -88,7 +88,7 @@ def rollout(subject: Subject, repeats: int, programs: Programs) -> Result:
     contexts, n = [p.tokens for p in prompts], [plan.group_size] * len(prompts)
 
     def sample(step: int, max_new: int | None = None) -> tuple[Timed, list[int], dict[str, Any]]:
-        made.loaded.clear()
+        made.drop_weights()
 
         def call() -> Any:
             engine = made.engine(subject.params, step, plan.hook)

@@ -94,14 +94,25 @@ class Log(NamedTuple):
 
 
 def prepare(spec: ModelSpec, dtype: Any, params: Params) -> Params:
-    """Parameters as the decode loop wants them: in its dtype, layer by layer, the output matrix row-major."""
-    cast = jax.tree.map(lambda w: w.astype(dtype), params)
-    return {
-        "embed": cast["embed"],
-        "norm": cast["norm"],
-        "unembed": decoder.unembed(spec, cast),
-        "layers": decoder.unstack(spec, cast),
-    }
+    """Parameters outside the layers as the decode loop wants them: in its dtype, the output matrix row-major."""
+    unembed = decoder.unembed(spec, params)
+    return jax.tree.map(
+        lambda w: w.astype(dtype), {"embed": params["embed"], "norm": params["norm"], "unembed": unembed}
+    )
+
+
+def prepare_layer(dtype: Any, layers: Params, at: Int[Array, ""], alike: Int[Array, ""]) -> Params:
+    """Parameters of one layer as the decode loop wants them, of the stacks that layers like it have a part in: layer `at`,
+    with `alike` of its kind, experts or an MLP, before it.
+
+    A program for each layer: where they are gathered, one program for all would hold every layer twice.
+    """
+
+    def cut(name: str, part: Params) -> Params:
+        index = alike if name in (*decoder.DENSE, decoder.EXPERTS) else at
+        return jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, index, keepdims=False).astype(dtype), part)
+
+    return {name: cut(name, part) for name, part in layers.items()}
 
 
 def prefill(

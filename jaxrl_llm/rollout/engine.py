@@ -134,7 +134,18 @@ class Engine:
         self._params, self.version = params, version
         self._weights = None  # the old ones make room
         with jax.set_mesh(self.mesh):
-            self._weights = self._prepare(params)
+            self._weights = self._prepared(params)
+
+    def _prepared(self, params: Params, run: Callable[..., Params] = lambda f, *args: f(*args)) -> Params:
+        spec, layers = self.spec, []
+        for i, kind in enumerate(spec.sparse):
+            parts = decoder.own_parts(spec, params["layers"], i)
+            layers.append(run(self._prepare_layer[kind], parts, i, spec.sparse[:i].count(kind)))
+        return run(self._prepare, params) | {"layers": layers}
+
+    def drop_weights(self) -> None:
+        """Hold none until the next `set_weights`, so that what runs meanwhile has their memory."""
+        self._params = self._weights = None
 
     def generate(
         self,
@@ -241,9 +252,17 @@ class Engine:
             return size, (size, 1)
         return size, (min(size, 2 * -(-size // places)), places)
 
+    def weight_shapes(self, params: Params) -> Params:
+        """What `set_weights` makes of parameters of these shapes, with shardings."""
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            self._prepared(params, jax.eval_shape),
+            self._weight_shardings,
+        )
+
     def lower(self, params: Params, contexts: int, n: int, hook_state: Any = ()) -> dict[str, jax.stages.Lowered]:
-        """The programs of a call with `n` completions of each of so many contexts of `max_prompt` tokens: "prepare" (of
-        `set_weights`), "prefill" and, while there is a queue, "decode".
+        """The programs of a call with `n` completions of each of so many contexts of `max_prompt` tokens: "prepare" and
+        "prepare_layer" (of `set_weights`), "prefill" and, while there is a queue, "decode".
 
         params: shapes with shardings. Without weights or devices, but for stop strings, whose table is on them.
         """
@@ -259,8 +278,10 @@ class Engine:
 
         counts, queue = (shaped(x, self._shard) for x in (np.zeros(self._shards, np.int32), queue))
         with jax.set_mesh(self.mesh):
-            prepare = self._prepare.lower(params)
-            weights = jax.tree.map(shaped, jax.eval_shape(self._prepare, params), self._weight_shardings)
+            prepare, layer = self._prepare.lower(params), self.spec.sparse.index(max(self.spec.sparse))
+            parts = decoder.own_parts(self.spec, params["layers"], layer)
+            prepare_layer = self._prepare_layer[self.spec.sparse[layer]].lower(parts, layer, 0)
+            weights = self.weight_shapes(params)
             prefill = self._prefill.lower(batch, params, shaped(tokens, self._shard), held)
             pool = shaped(prefill.out_info[0], self._cached)
             idle = partial(self._idle, size, lanes, pool[0].v.shape[-2])
@@ -269,7 +290,7 @@ class Engine:
             )
             rest = self._stop_table, shaped(hook_state, self._everywhere), slots
             decode_ = self._decode.lower(_truncated(sampling), weights, pool, queue, counts, 0, *rest)
-        return {"prepare": prepare, "prefill": prefill, "decode": decode_}
+        return {"prepare": prepare, "prepare_layer": prepare_layer, "prefill": prefill, "decode": decode_}
 
     def _upload(self, contexts, owner, shards, places, keys, limits, sampling) -> tuple[Any, decode.Job, Any]:
         """Prefilled contexts and queues, for every shard; and the recorded experts of each item's cached tokens, or None."""
@@ -391,10 +412,19 @@ class Engine:
         # Whole caches on every device of tp would be gathered after every call.
         heads = "tp" if spec.kv_heads % sizes["tp"] == 0 else None
         self._cached = NamedSharding(self.mesh, PartitionSpec(SHARDED, None, heads))
-        self._slots = decode.Slots(*[self._shard] * len(decode.Slots._fields))
+        shard_of_each: Any = [self._shard] * len(decode.Slots._fields)
+        self._slots = decode.Slots(*shard_of_each)
         self._slots = self._slots._replace(context=self._cached, own=self._cached)
         quick = partial(jax.jit, compiler_options=quickly(target.of(self.mesh).platform))
-        self._prepare = quick(counted(partial(decode.prepare, spec, settings.dtype), "prepare"), out_shardings=weights)
+        ends = {name: part for name, part in weights.items() if name != "layers"}
+        self._prepare = quick(counted(partial(decode.prepare, spec, settings.dtype), "prepare"), out_shardings=ends)
+        self._prepare_layer = {
+            kind: quick(
+                counted(partial(decode.prepare_layer, settings.dtype), "prepare_layer"),
+                out_shardings=weights["layers"][spec.sparse.index(kind)],
+            )
+            for kind in set(spec.sparse)
+        }
         once = (self._cached, self._everywhere)
         self._prefill = jax.jit(counted(prefill, "prefill"), static_argnums=0, out_shardings=once)
         self._idle = quick(counted(idle, "idle"), static_argnums=(0, 1, 2), out_shardings=self._slots)

@@ -187,6 +187,7 @@ def step(
     progress.activity("collect")
     with timer.phase("collect"):
         rows = collect(made, learner.policy, plan, at.step)
+        made.drop_weights()
         if training.on_rows:
             training.on_rows(at.step, rows)
         sampled = batch_of(made, alg, plan, rows)

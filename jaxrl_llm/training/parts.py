@@ -53,6 +53,12 @@ class Parts:
             self.loaded[hook] = params
         return self.engines[hook]
 
+    def drop_weights(self) -> None:
+        """Leave what engines hold of weights, which is whole over fsdp, to whatever comes after generation."""
+        for engine in self.engines.values():
+            engine.drop_weights()
+        self.loaded.clear()
+
     def reward(self, rows: Sequence[Row]) -> None:
         """Decode and reward rows in place."""
         driver.reward_rows(rows, self.task.rewards, self.words.decode, self.score)

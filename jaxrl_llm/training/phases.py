@@ -64,7 +64,7 @@ def warm_start(parts: Parts, params: Params, run: RunDir, stop: Stop, progress: 
 def held_out(parts: Parts, params: Params, step: int) -> Evaluation:
     """Evaluate these weights on the held-out problems."""
     config = parts.config
-    return evaluate(
+    found = evaluate(
         parts.engine(params, step),
         parts.held_out,
         parts.task,
@@ -75,6 +75,8 @@ def held_out(parts: Parts, params: Params, step: int) -> Evaluation:
         step=step,
         batch=min(len(parts.held_out), config.rollout.prompts * config.rollout.group_size // config.eval.samples or 1),
     )
+    parts.drop_weights()
+    return found
 
 
 def report_held_out(
