@@ -138,18 +138,14 @@ def make(config: Config, topology: str) -> Report:
     mesh = make_mesh(config.mesh, found)
     step = plan.make(config, len(found), target.of(mesh))
     lowered, held = _lower(config, step, mesh)
-    programs: list[Program] = []
-    for program in lowered:
-        programs.append(_compile(*program, held, chip))
-        if programs[-1].name == "prepare" and (memory := programs[-1].memory):
-            held["weights"] = memory.output
-    return Report(topology, chip, step, programs)
+    return Report(topology, chip, step, [_compile(*program, held, chip) for program in lowered])
 
 
 def _lower(
     config: Config, step: Step, mesh: Mesh
 ) -> tuple[list[tuple[str, int, jax.stages.Lowered, tuple[str, ...]]], dict[str, int]]:
-    """Programs, how often an RL step runs them, and what they are given of what the run holds; and bytes of that."""
+    """Programs, how often an RL step runs them, and what they need no room for beside them of what the run holds; and bytes
+    of that."""
     alg, spec, r = step.alg, step.spec, config.rollout
     state = jax.tree.map(jnp.asarray, alg.init())
     first = alg.plan(state)
@@ -158,6 +154,7 @@ def _lower(
     plain = config.model_copy(update={"rollout": r.model_copy(update={"stop": []})})
     engine = build.engine(plain, spec, mesh, words, hook=first.hook)
     train = learner.train_shapes()
+    weights = engine.weight_shapes(train.params[POLICY])
     generation = engine.lower(train.params[POLICY], r.prompts, step.group_size, first.hook_state)
     rows, piece, credit = _batch(config, step, mesh, state)
     update = learner.lower(step.layout, piece, state, rows, credit, step.route == "fused")
@@ -166,10 +163,11 @@ def _lower(
     contexts, items = -(-r.prompts // shards), -(-step.rows // shards)
     slots = min(-(-r.slots // shards) if r.slots else most_slots(step.on.platform), items)
     updates, once = config.learner.epochs * config.learner.minibatches, config.learner.minibatches * step.microbatches
-    params = ("parameters",)
-    out = [
-        ("prepare", 1, generation["prepare"], params),
-        ("prefill", -(-contexts // prefill_batch(contexts, r.max_prompt)), generation["prefill"], params),
+    given = ("parameters", "weights")  # generation has let go of its weights when the learner runs
+    out: list[tuple[str, int, jax.stages.Lowered, tuple[str, ...]]] = [
+        ("prepare_layer", step.spec.layers, generation["prepare_layer"], ("parameters",)),
+        ("prepare", 1, generation["prepare"], ("parameters",)),
+        ("prefill", -(-contexts // prefill_batch(contexts, r.max_prompt)), generation["prefill"], ("parameters",)),
         ("decode", r.max_new * -(-items // slots), generation["decode"], ("weights",)),
     ]
     asked: dict[str, dict[str, None]] = {"old": {"logp": None}} if config.learner.old_logp == "rescore" else {}
@@ -177,14 +175,14 @@ def _lower(
         policy, view = name.split("_", 1)
         asked.setdefault(policy, {})["logp" if view == "prompt_logp" else view] = None
     for views, policies in Counter(tuple(names) for names in asked.values()).items():
-        out.append(("rescore", policies * once, learner.lower_views(step.layout, piece, rows, views), params))
+        out.append(("rescore", policies * once, learner.lower_views(step.layout, piece, rows, views), given))
     pieces = updates * step.microbatches
     if "score" in update:
-        out.append(("views", pieces, update["score"], params))
-    out.append(("gradient", pieces, update.get("fused") or update["pull"], params))
-    out.append(("apply", updates, update["apply"], ("parameters", "moments")))
+        out.append(("views", pieces, update["score"], given))
+    out.append(("gradient", pieces, update.get("fused") or update["pull"], given))
+    out.append(("apply", updates, update["apply"], (*given, "moments")))
 
-    held = {"parameters": _bytes(train.params), "moments": _bytes(train.opt), "weights": 0}
+    held = {"parameters": _bytes(train.params), "moments": _bytes(train.opt), "weights": _bytes(weights)}
     if config.reference.mode == "resident":
         held["reference"] = _bytes(train.params[POLICY])
     if config.guide is not None:
@@ -241,6 +239,8 @@ def _compile(
         return Program(name, runs, None, needs + beside, None, {})
     stats: Any = compiled.memory_analysis()
     output = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    if name in ("prepare", "prepare_layer"):  # makes parts of the weights, which are beside it whole
+        output = 0
     memory = Memory(stats.argument_size_in_bytes, stats.temp_size_in_bytes, output, beside)
     work = hlo.read(compiled.as_text() or "")
     seconds = {

@@ -14,7 +14,7 @@ from jaxrl_llm.config import Config, Optimizer
 from jaxrl_llm.models import critic, decoder, hf
 from jaxrl_llm.models.scorers import CHUNK_ELEMENTS
 from jaxrl_llm.models.spec import ModelSpec, from_hf
-from jaxrl_llm.rollout.engine import most_slots
+from jaxrl_llm.rollout.engine import most_slots, prefill_batch
 from jaxrl_llm.sharding import rules, target
 from jaxrl_llm.sharding.mesh import AXES, shape_over
 from jaxrl_llm.sharding.target import Target
@@ -22,7 +22,8 @@ from jaxrl_llm.tasks.text import load_text
 from jaxrl_llm.training import layouts
 from jaxrl_llm.training.layouts import Layout
 
-CACHES, ACTIVATIONS = "generation: keys and values", "learner: activations of a microbatch"
+WEIGHTS, CACHES, PREFILL = "generation: weights", "generation: keys and values", "generation: prefill"
+ACTIVATIONS = "learner: activations of a microbatch"
 
 
 class Step(NamedTuple):
@@ -125,17 +126,13 @@ def make(config: Config, devices: int, on: Target | None = None) -> Step:
 
 
 def peak(step: Step) -> int:
-    """Bytes of one device at once: what the run holds, and beside it either the caches of generation or a gradient."""
-    at_times = {"generation": 0, "learner": 0}
-    held = 0
-    for name, n in step.memory.items():
-        if name == CACHES:
-            at_times["generation"] += n
-        elif name == ACTIVATIONS or name.endswith("gradients"):
-            at_times["learner"] += n
-        else:
-            held += n
-    return held + max(at_times.values())
+    """Bytes of one device at once: what the run holds, and beside it a gradient or what generation needs in prefill or while
+    it decodes."""
+    memory = step.memory
+    learner = {name for name in memory if name == ACTIVATIONS or name.endswith("gradients")}
+    held = memory.keys() - learner - {WEIGHTS, CACHES, PREFILL}
+    generation = memory.get(WEIGHTS, 0) + max(memory.get(CACHES, 0), memory.get(PREFILL, 0))
+    return sum(memory[name] for name in held) + max(generation, sum(memory[name] for name in learner))
 
 
 def _spec(config: Config) -> ModelSpec:
@@ -172,8 +169,9 @@ def _memory(config: Config, step: Step, trees: dict[str, tuple[Any, Any]]) -> di
     weights = _per_device(*trees["policy"], replicated)
     if step.spec.tied:  # the output matrix is a copy, transposed
         weights += step.spec.embed * step.spec.vocab // step.mesh["tp"]
-    memory["generation: weights"] = weights * jnp.dtype(_decode_dtype(config)).itemsize
+    memory[WEIGHTS] = weights * jnp.dtype(_decode_dtype(config)).itemsize
     memory[CACHES] = _cache_bytes(config, step)
+    memory[PREFILL] = _prefill_bytes(config, step, count["policy"])
     if config.learner.routing_replay != "none":
         positions = step.rows * (config.rollout.max_prompt + config.rollout.max_new)
         memory["learner: experts to replay"] = positions * math.prod(step.spec.routes) * np.dtype(np.int16).itemsize
@@ -201,17 +199,44 @@ def _decode_dtype(config: Config) -> str:
 
 
 def _slots(config: Config, step: Step) -> int:
-    shards = math.prod(step.mesh[a] for a in rules.RULES["batch"])
-    return config.rollout.slots or min(step.rows, shards * most_slots(step.on.platform))
+    return config.rollout.slots or min(step.rows, _shards(step) * most_slots(step.on.platform))
 
 
-def _cache_bytes(config: Config, step: Step) -> int:
+def _cache_bytes(config: Config, step: Step, slots: bool = True) -> int:
     """Keys and values: of every context once, and per slot its context's copy and its own tokens."""
-    r, spec = config.rollout, step.spec
-    tokens = r.prompts * r.max_prompt + _slots(config, step) * (r.max_prompt + r.max_new)
-    heads = spec.kv_heads // step.mesh["tp"] if spec.kv_heads % step.mesh["tp"] == 0 else spec.kv_heads
-    shards = math.prod(step.mesh[a] for a in rules.RULES["batch"])
-    return 2 * tokens * spec.layers * heads * spec.head_dim * jnp.dtype(_decode_dtype(config)).itemsize // shards
+    r = config.rollout
+    tokens = r.prompts * r.max_prompt + slots * _slots(config, step) * (r.max_prompt + r.max_new)
+    return tokens * _token_bytes(config, step) // _shards(step)
+
+
+def _token_bytes(config: Config, step: Step) -> int:
+    """Keys and values of one token in all layers."""
+    spec, tp = step.spec, step.mesh["tp"]
+    heads = spec.kv_heads // tp if spec.kv_heads % tp == 0 else spec.kv_heads
+    return 2 * spec.layers * heads * spec.head_dim * jnp.dtype(_decode_dtype(config)).itemsize
+
+
+def _shards(step: Step) -> int:
+    """Of a batch."""
+    return math.prod(step.mesh[a] for a in rules.RULES["batch"])
+
+
+def _prefill_bytes(config: Config, step: Step, parameters: int) -> int:
+    """The contexts' keys and values, and to make them: the cast of the `parameters` that a device holds, and of the contexts
+    that are run at once what all layers leave to be kept and what one has at a time, attention scores with it."""
+    r, spec, tp = config.rollout, step.spec, step.mesh["tp"]
+    dtype = _decode_dtype(config)
+    item, kv = jnp.dtype(dtype).itemsize, _token_bytes(config, step)
+    tokens = prefill_batch(-(-r.prompts // _shards(step)), r.max_prompt) * r.max_prompt
+    cast = item * parameters if dtype != config.model.param_dtype else 0
+    layer = (4 * spec.embed + 2 * (spec.heads * spec.head_dim + _widest(spec)) // tp) * item + 2 * kv // spec.layers
+    scores = spec.heads // tp * r.max_prompt * max(item, 4)
+    return _cache_bytes(config, step, slots=False) + cast + tokens * (kv + layer + scores)
+
+
+def _widest(spec: ModelSpec) -> int:
+    """Numbers between the matrices of an MLP or of all experts, for one token."""
+    return max([spec.mlp] * (False in spec.sparse) + ([spec.experts.count * spec.experts.mlp] if spec.experts else []))
 
 
 def _activation_bytes(config: Config, step: Step, parameters: int) -> int:
@@ -224,9 +249,9 @@ def _activation_bytes(config: Config, step: Step, parameters: int) -> int:
     dtype, tp = config.model.dtype, sizes["tp"]
     item, wide = jnp.dtype(dtype).itemsize, max(jnp.dtype(dtype).itemsize, 4)
     d, q, kv = spec.embed, spec.heads * spec.head_dim // tp, spec.kv_heads * spec.head_dim // tp
-    mlp = max([spec.mlp] * (False in spec.sparse) + ([spec.experts.count * spec.experts.mlp] if spec.experts else []))
     stream = spec.layers * d * item
-    products = 3 * stream + (decoder.kept_products(spec, dtype, step.on.platform) - 3 * stream) // tp
+    entering = stream // tp if layout.length % tp == 0 else stream  # the residual stream between layers
+    products = 2 * stream + entering + (decoder.kept_products(spec, dtype, step.on.platform) - 3 * stream) // tp
     L, own = layout.context, layout.slots * layout.completion
     keys = layout.length if layout.name != "shared" else (L * L + own * (L + layout.completion)) // layout.length
     scores = 2 * spec.heads // tp * keys * wide
@@ -237,18 +262,17 @@ def _activation_bytes(config: Config, step: Step, parameters: int) -> int:
 
         if splash.suits(layout.length, spec.heads, spec.kv_heads, tp, window, *behind):
             scores = spec.heads // tp * splash.LANES * wide  # the kernel's statistics
-    rest = (8 * d + 5 * q + 4 * kv + 3 * mlp // tp) * item + scores  # norms, rotations, gates
+    rest = (8 * d + 5 * q + 4 * kv + 3 * _widest(spec) // tp) * item + scores  # norms, rotations, gates
     everything = products + spec.layers * rest
-    shards = math.prod(sizes[a] for a in rules.RULES["batch"])
-    tokens = layout.sequences * layout.length // shards
+    tokens = layout.sequences * layout.length // _shards(step)
     remat = config.model.remat
     if remat == "auto":
         remat = decoder.fitting_remat(spec, tokens, dtype, step.on)
-    kept = {"none": everything, "dots": products, "full": stream}[remat] * tokens
+    kept = {"none": everything, "dots": products, "full": entering}[remat] * tokens
     once = 0 if remat == "none" else everything // spec.layers * tokens
     # On TPUs the loop that goes backwards reads a copy of what the one that went forwards has stacked.
     copies = 2 if step.on.platform == "tpu" else 1
-    logits, gathered, sums = _head_bytes(config, step, layout.sequences * own // shards)
+    logits, gathered, sums = _head_bytes(config, step, layout.sequences * own // _shards(step))
     cast = item if dtype != config.model.param_dtype else 0
     fresh = jnp.dtype(config.model.param_dtype).itemsize  # gradients of the piece, beside their sum over pieces
     return copies * kept + (cast + fresh) * parameters + sums + max(2 * logits + gathered, once)
