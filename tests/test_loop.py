@@ -15,8 +15,10 @@ import pytest
 from jaxrl_llm import algorithms
 from jaxrl_llm.config import Config
 from jaxrl_llm.rollout import collectors
+from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.training import build, loop
 from jaxrl_llm.training.checkpoints import Checkpoints
+from jaxrl_llm.training.learner import Learner
 
 CLOCKS = ("timing/", "tokens_per_second", "mfu", "memory/", "recompiles")
 
@@ -197,6 +199,24 @@ def test_a_run_killed_with_signal_9_resumes_to_the_same_numbers(straight, tmp_pa
     process.wait()
     assert loop.train(configured(tmp_path), on_rows=letters) == 0
     assert_same_run(straight, tmp_path)
+
+
+def test_the_learner_has_the_memory_of_generation_s_weights(tmp_path, monkeypatch):
+    engines, free = [], []
+    begin, learn = Engine.set_weights, Learner.update
+
+    def noted(engine, *args):
+        engines.append(engine)
+        begin(engine, *args)
+
+    def watched(learner, *args):
+        free.append(all(engine._weights is None and engine._params is None for engine in engines))
+        return learn(learner, *args)
+
+    monkeypatch.setattr(Engine, "set_weights", noted)
+    monkeypatch.setattr(Learner, "update", watched)
+    assert loop.train(configured(tmp_path, run={"steps": 2}, eval={"size": 8, "every": 1}), on_rows=letters) == 0
+    assert engines and free == [True, True]
 
 
 def test_a_reward_that_says_nothing_costs_its_row_and_is_counted(tmp_path):
