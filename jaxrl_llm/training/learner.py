@@ -8,9 +8,10 @@ forward less.
 """
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial, reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from jaxrl_llm.config import Config
 from jaxrl_llm.models import critic as critics
 from jaxrl_llm.models import decoder
 from jaxrl_llm.models.spec import ModelSpec
-from jaxrl_llm.sharding import rules
+from jaxrl_llm.sharding import rules, target
 from jaxrl_llm.sharding.processes import put
 from jaxrl_llm.training import gradients, layouts, noise, optim, programs, updates
 from jaxrl_llm.training.gradients import Model, PlugIn
@@ -35,6 +36,8 @@ from jaxrl_llm.types import ROUTES, Credit, Metrics, Params, Rollouts, State, Vi
 
 __all__ = ["Learner", "NoGradientError", "NonFiniteError"]
 
+T = TypeVar("T")
+MOST_TWICE = 2**26  # parameters whose gradient a CPU may hold twice: 256 MiB in float32
 CAUSAL = "causal"  # `Needs.scorer` of a method whose views come from the decoder
 
 
@@ -314,20 +317,29 @@ class Learner:
         state, rows, credit, on = put((state, rows, credit, on), self._everywhere)
         with jax.set_mesh(self.mesh):
             credit, sampling, signal = self._run.weigh(state, rows, credit)
-            grads, rate, rated = self._run.zeros(), self._heat(None), state
+            rate, rated = self._heat(None), state
             if self._fuses(piece_of, host.block):
-                losses = []
-                for piece in pieces:
-                    grads, part = self._run.fused(layout, names, train.params, grads, piece, state, rows, credit, heat)
-                    losses.append(part)
+                grads, losses = self._summed(
+                    lambda grads, piece: self._run.fused(
+                        layout, names, train.params, grads, piece, state, rows, credit, heat
+                    ),
+                    pieces,
+                )
                 loss = reduce(self._run.add, losses)
             else:
                 if current is None:
                     current = self._views(train.params, layout, pieces, rows, names, heat)
                 loss, cotangents = self._run.differentiate(state, current, rows, credit)
-                pull = partial(self._pulled, cotangents, heat, self._read(rows))
+                read = self._read(rows)
+
+                def pull(layout: Layout, pieces: list[Any]) -> dict[str, Params]:
+                    def one(grads: dict[str, Params], piece: Any) -> tuple[dict[str, Params], None]:
+                        return self._run.pull(layout, train.params, grads, piece, cotangents, heat, read), None
+
+                    return self._summed(one, pieces)[0]
+
                 if self.alg.rate is None:
-                    grads = pull(grads, layout, pieces)
+                    grads = pull(layout, pieces)
                 else:
                     grads, measured = self._in_parts(rows, host, pull)
                     rate, rated = self._run.rate(state, measured)
@@ -362,26 +374,40 @@ class Learner:
             )
         return exact and route != "joint"
 
-    def _pulled(
-        self,
-        cotangents: Views,
-        heat: Array,
-        read: Rollouts | None,
-        grads: dict[str, Params],
-        layout: Layout,
-        pieces: list[Any],
-    ) -> dict[str, Params]:
-        """`grads` plus the cotangents pulled back through these pieces."""
-        for piece in pieces:
-            grads = self._run.pull(layout, self.train.params, grads, piece, cotangents, heat, read)
-        return grads
+    def _summed(
+        self, add: Callable[[dict[str, Params], Any], tuple[dict[str, Params], T]], pieces: list[Any]
+    ) -> tuple[dict[str, Params], list[T]]:
+        """Gradients to which `add` has added every piece, and what it said of each.
+
+        A CPU runs what two threads ask for at the same time: what one piece does on a single core the other need not
+        wait for. Gradients are there twice then, so only small ones. Several devices must meet in one order, which two
+        threads would not keep.
+        """
+
+        def run(some: list[Any]) -> tuple[dict[str, Params], list[T]]:
+            said = []
+            with jax.set_mesh(self.mesh), jax.enable_x64(x64):  # both belong to a thread
+                grads = self._run.zeros()
+                for piece in some:
+                    grads, one = add(grads, piece)
+                    said.append(one)
+            return grads, said
+
+        x64 = jax.config.read("jax_enable_x64")
+        alone = self.mesh.size > 1 or self.parameters > MOST_TWICE or len(pieces) == 1
+        if alone or target.of(self.mesh).platform != "cpu":
+            return run(pieces)
+        grads, said = run(pieces[::2])  # compiles; returns before the pieces have run
+        with ThreadPoolExecutor(1, "gradient") as thread:
+            beside, more = thread.submit(run, pieces[1::2]).result()
+        return self._run.sum(grads, beside), said + more
 
     def _in_parts(self, rows: Rollouts, host: HostRows, pull: Callable[..., Any]) -> tuple[dict[str, Params], Noise]:
         """The gradient, pulled back for one part of the groups after another, and how noisy it is."""
         grads, squares = self._run.zeros(), []
         for part in noise.parts(host, np.asarray(rows.group), self.alg.needs.noise):
             layout, pieces, _ = self._arrange(rows, part, len(host.tokens))
-            own = pull(self._run.zeros(), layout, pieces)
+            own = pull(layout, pieces)
             squares.append(self._run.square(own))
             grads = self._run.sum(grads, own)
         return grads, self._run.noise(self._run.square(grads), jnp.stack(squares))
