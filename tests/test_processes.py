@@ -4,7 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import jax
@@ -264,6 +267,104 @@ def test_a_process_says_for_what_and_how_long_it_waits_before_the_others_come(tm
     (code,), (said,) = Job(tmp_path / "waiting", 1, "distributed.processes=2", "distributed.start_timeout=3").end()
     assert code != 0
     assert said.startswith("jaxrl_llm: process 0 of 2: waits up to 3 s for the others at distributed.coordinator=127.")
+
+
+FOUND = """
+import os, sys
+from jax._src.clusters import cloud_tpu_cluster
+from jaxrl_llm.config import Distributed
+from jaxrl_llm.sharding import processes
+
+cloud_tpu_cluster.running_in_cloud_tpu_vm = sys.argv[1] in ("gke", "vm")
+if sys.argv[1] == "vm":  # JAX sets it where it finds no chip
+    del os.environ["TPU_SKIP_MDS_QUERY"]
+
+def work():
+    print(processes.gather([processes.index(), int(sys.argv[2])], "the numbers"))
+    return 0
+
+sys.exit(processes.run(Distributed(coordinator="auto"), work))
+"""
+
+
+def slurm(i):
+    named = {"JOB_ID": 7, "STEP_NODELIST": "localhost", "NTASKS": 2, "PROCID": i, "LOCALID": i}
+    return {f"SLURM_{name}": str(value) for name, value in named.items()}
+
+
+def open_mpi(i):
+    named = {"SIZE": 2, "RANK": i, "LOCAL_RANK": i}
+    return {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1"} | {
+        f"OMPI_COMM_WORLD_{k}": str(n) for k, n in named.items()
+    }
+
+
+def two_slices(i):
+    """GKE, two hosts in each."""
+    hosts = {"TPU_WORKER_HOSTNAMES": "localhost,localhost", "TPU_WORKER_ID": str(i % 2), "TPU_SKIP_MDS_QUERY": "1"}
+    slices = {"COORDINATOR_ADDRESS": "localhost:8080", "NUM_SLICES": "2", "SLICE_ID": str(i // 2)}
+    return hosts | {f"MEGASCALE_{name}": value for name, value in slices.items()}
+
+
+@contextmanager
+def metadata(attributes):
+    """The server that a Google machine asks who it is; yields its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            value = attributes.get(self.path.rsplit("/", 1)[1])
+            self.send_response(404 if value is None else 200)
+            self.end_headers()
+            self.wfile.write((value or "").encode())
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@contextmanager
+def tpu_vms():
+    """Two slices of two TPU VMs each, which JAX tells apart by their metadata."""
+
+    def told(i):
+        slices = f"MEGASCALE_COORDINATOR_ADDRESS: 'localhost:8080'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '{i // 2}'"
+        hosts = {"agent-worker-number": str(i % 2), "worker-network-endpoints": "localhost,localhost"}
+        return hosts | {"tpu-env": slices}
+
+    with ExitStack() as servers:
+        yield [{"GCE_METADATA_IP": servers.enter_context(metadata(told(i)))} for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [
+        ("slurm", nullcontext([slurm(i) for i in range(2)])),
+        ("mpi", nullcontext([open_mpi(i) for i in range(2)])),
+        ("gke", nullcontext([two_slices(i) for i in range(4)])),
+        ("vm", tpu_vms()),
+    ],
+    ids=["Slurm", "Open MPI", "two slices in GKE", "two slices of TPU VMs"],
+)
+def test_auto_finds_the_processes_by_what_the_environment_says(kind, where, tmp_path):
+    """As JAX reads it; a TPU's environment with CPU devices."""
+    (tmp_path / "found.py").write_text(FOUND)
+    port, running = {"JAX_COORDINATOR_PORT": str(free_port())}, []
+    with where as environments:
+        for i, own in enumerate(environments):
+            line = [sys.executable, str(tmp_path / "found.py"), kind, str(i)]
+            env = environment(1) | port | own
+            running.append(subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        said = ended(running, 200)
+    everyone = str([[i, i] for i in range(len(running))])
+    assert [(process.returncode, out.strip()) for process, (out, _) in zip(running, said)] == [
+        (0, everyone) for _ in running
+    ], said
 
 
 LATE = """
