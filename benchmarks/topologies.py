@@ -61,8 +61,8 @@ def config_of(model: str, chips: int, tp: int) -> Config:
 
 def estimate(model: str, name: str) -> dict[str, Any]:
     """The mesh with the least tensor parallelism that fits by the quick estimate, or the one that comes closest."""
-    chip, sides = topology.parse(name)
-    chips, found = math.prod(sides), []
+    asked, found = topology.parse(name), []
+    chip, chips = asked.chip, asked.chips
     heads = shapes.MODELS[model]["num_attention_heads"]
     for tp in (1, 2, 4, 8, 16):
         if chips % tp or heads % tp or chips // tp > PROMPTS:
@@ -74,8 +74,8 @@ def estimate(model: str, name: str) -> dict[str, Any]:
 
 def compiled(model: str, name: str) -> dict[str, Any]:
     """What libtpu says of the estimate's mesh."""
-    mesh, (_, sides) = estimate(model, name), topology.parse(name)
-    report = topology.make(config_of(model, math.prod(sides), mesh["tp"]), name)
+    mesh = estimate(model, name)
+    report = topology.make(config_of(model, topology.parse(name).chips, mesh["tp"]), name)
     programs = [
         {
             "name": p.name,

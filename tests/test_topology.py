@@ -202,6 +202,21 @@ ENTRY %main (p: f32[100]) -> f32[100] {{
     assert hlo.read(text).sent == pytest.approx(2 * 400 * (devices - 1) / devices)
 
 
+def test_what_hosts_exchange_between_slices_is_not_sent_over_the_links_of_one():
+    text = """
+ENTRY %main (p: f32[100]) -> f32[100] {
+  %p = f32[100]{0} parameter(0)
+  %t = token[] after-all()
+  %s = (f32[100]{0}, u32[], token[]) send(%p, %t), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %d = token[] send-done(%s), channel_id=2, is_host_transfer=true
+  ROOT %g = f32[400]{0} all-gather(%p), channel_id=2, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+"""
+    seen = hlo.read(text)
+    assert seen.collectives == {hlo.SLICES: (1, 400.0), "all-gather": (1, 1200.0)}
+    assert (seen.sent, seen.exchanged) == (1200.0, 400.0)
+
+
 # Communication volume, on virtual CPU devices
 
 
@@ -261,7 +276,9 @@ def test_the_output_matrix_s_gradient_is_reduced_once_however_many_chunks_of_log
 # What the user gives
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:4", "v5e:4x0", "v5p:4x4", "v9:2x2", "v5e:4xx4", "h100:8x8"])
+@pytest.mark.parametrize(
+    "name", ["v5e", "v5e:4", "v5e:4x0", "v5p:4x4", "v9:2x2", "v5e:4xx4", "h100:8x8", "0xv5e:2x2", "x2v5e:2x2"]
+)
 def test_a_topology_that_is_none_is_one_clear_line(name):
     with pytest.raises(ValueError, match=re.escape(f"--topology {name!r}: expected v5e:AxB")):
         topology.parse(name)
@@ -293,11 +310,11 @@ def test_a_program_for_tpus_is_traced_for_tpus():
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("name", "chips"), [("v5e:1x1", 1), ("v6e:4x4", 16), ("v5p:2x2x2", 8)])
-def test_every_chip_of_a_slice_is_a_device_of_its_kind(name, chips):
+@pytest.mark.parametrize(("name", "chips"), [("v5e:1x1", 1), ("v6e:4x4", 16), ("v5p:2x2x2", 8), ("2xv5e:2x2", 8)])
+def test_every_chip_of_a_topology_is_a_device_of_its_kind(name, chips):
     found = topology.devices(name)
-    chip, _ = topology.parse(name)
-    assert [d.device_kind for d in found] == [chip.kind] * chips
+    asked = topology.parse(name)
+    assert [d.device_kind for d in found] == [asked.chip.kind] * chips and asked.chips == chips
 
 
 @needs_libtpu
@@ -325,6 +342,54 @@ def test_the_gradient_costs_what_the_formula_for_transformers_says(report):
     least = 6 * ((report.step.parameters["policy"] - head) * tokens + head * scored) / 4
     assert gradient.work is not None
     assert 1.0 < gradient.work.flops / least < 2.0
+
+
+def lowered(settings, name):
+    """The programs of a step, before they are compiled, for a slice or several."""
+    on = make_mesh(settings.mesh, topology.devices(name))
+    step = plan.make(settings, on.size, target.of(on))
+    programs, _ = topology._lower(settings, step, on)
+    return step, {program: text for program, _, text, _ in programs}
+
+
+@needs_libtpu
+def test_fsdp_gathers_weights_once_forwards_and_at_most_twice_backwards_and_reduces_gradients_once(report):
+    """In bfloat16, but for the output matrix's gradient; a sum that is given to all is sent twice, a scattered one once."""
+    gradient = next(p.work for p in report.programs if p.name == "gradient")
+    share, head = 3 / 4, 8192 * 512  # of four chips; the embedding is the output matrix
+    layers = report.step.parameters["policy"] - head
+    sent = {kind: n for kind, (_, n) in gradient.collectives.items()}
+    assert 2 * share * (2 * layers + head) <= sent["all-gather"] <= 2 * share * (3 * layers + head)
+    scattered = share * (2 * layers + 4 * head)
+    assert scattered <= sent["all-reduce"] + sent["reduce-scatter"] <= 2 * scattered
+
+
+@needs_libtpu
+def test_tp_sends_what_the_formula_for_activations_says(config):
+    """A layer has two pairs of products, each of which gathers its input and scatters its output over tp, or reduces it to all,
+    which sends as much: four times forwards, again when the forward is computed again, and for the gradients. Besides,
+    activations are scattered after the embedding and gathered before the output matrix, there and back, and the gradient
+    behind that is reduced in float32.
+    """
+    step, programs = lowered(config("mesh.fsdp=1", "mesh.tp=4"), "v5e:2x2")
+    seen, layout, share, width = hlo.read(programs["gradient"].compile().as_text()), step.layout, 3 / 4, 512
+    activations = 2 * layout.sequences * layout.length * width
+    scored = 4 * layout.sequences * layout.slots * layout.completion * width
+    expected = share * ((12 * 2 + 3) * activations + 2 * scored)
+    np.testing.assert_allclose(seen.sent, expected, rtol=0.02)
+
+
+@needs_libtpu
+def test_slices_exchange_gradients_once_and_nothing_for_a_single_token(config):
+    """dp goes across slices: of two, a chip sends the other what it holds of the gradient, in float32 or bfloat16."""
+    step, programs = lowered(config("mesh.dp=2"), "2xv5e:2x2")
+    assert step.mesh["dp"] == 2
+    gradient = hlo.read(programs["gradient"].compile().as_text())
+    held = step.memory["policy gradients"]
+    assert held / 2 <= gradient.exchanged <= 1.1 * held
+    computations, entry = hlo._parse(programs["decode"].compile().as_text())
+    exchanges = [name for name, body in computations.items() for i in body if i.op == "send"]
+    assert exchanges and set(exchanges) == {entry}  # of completions, once a call: no loop has any
 
 
 @needs_libtpu

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+SLICES = "between slices"  # not an operation of HLO: chips hand to their hosts what those exchange
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -51,13 +52,20 @@ class Work(NamedTuple):
 
     flops: float  # multiply-adds × 2 of matrix products, without those of kernels
     bytes: float  # of main memory read or written by instructions, fusions counted as one
-    collectives: dict[str, tuple[int, float]]  # kind -> how often, and the bytes one device sends
+    collectives: dict[
+        str, tuple[int, float]
+    ]  # kind -> how often, and the bytes one device sends; to its host of `SLICES`
     kernels: dict[str, int]  # custom calls by target, Pallas's by their own name -> how often
 
     @property
     def sent(self) -> float:
-        """Bytes one device sends to others."""
-        return sum(n for _, n in self.collectives.values())
+        """Bytes one device sends to others of its slice."""
+        return sum(n for kind, (_, n) in self.collectives.items() if kind != SLICES)
+
+    @property
+    def exchanged(self) -> float:
+        """Bytes one device sends to other slices, through its host."""
+        return self.collectives.get(SLICES, (0, 0.0))[1]
 
 
 def read(text: str) -> Work:
@@ -72,10 +80,10 @@ def read(text: str) -> Work:
         types = {i.name: i.type for i in computations[name]}
         for i in computations[name]:
             flops += often * _flops(i, types)
-            kind = i.op.removesuffix("-start")
+            kind = SLICES if i.op == "send" and "xla_megascale_runtime" in i.attributes else i.op.removesuffix("-start")
             if kind == "all-reduce" and name in inside and _scattered(i, computations[name]):
                 kind = "reduce-scatter"
-            if kind in COLLECTIVES:
+            if kind in (*COLLECTIVES, SLICES):
                 channel = _CHANNEL.search(i.attributes)
                 this, seen = (
                     (often, often * _sent(i, kind, types)),
@@ -207,7 +215,7 @@ def _traffic(i: Instruction, types: dict[str, str], computations: dict[str, list
 def _sent(i: Instruction, kind: str, types: dict[str, str]) -> float:
     """Bytes one device sends in a collective, by the bandwidth-optimal algorithm over its group of g devices."""
     given = sum(_bytes(types.get(o, "")) for o in i.operands)
-    if kind in ("collective-permute", "collective-broadcast"):
+    if kind in ("collective-permute", "collective-broadcast", SLICES):
         return given
     g = _group(i.attributes)
     share = (g - 1) / g

@@ -70,7 +70,9 @@ class Program(NamedTuple):
     memory: Memory | None  # None: the compiler refused
     needs: int  # bytes at its peak; where it was refused, what the compiler says it would need
     work: hlo.Work | None
-    seconds: dict[str, float]  # of one run: what arithmetic, memory and links take at their peaks
+    seconds: dict[
+        str, float
+    ]  # of one run: what arithmetic, memory, links and the network of slices take at their peaks
 
 
 class Report(NamedTuple):
@@ -94,32 +96,48 @@ class Report(NamedTuple):
         return sum(p.runs * max(p.seconds.values(), default=0.0) for p in self.programs)
 
 
-def parse(topology: str) -> tuple[Chip, tuple[int, ...]]:
-    """Chip and sides of a topology such as "v5e:4x4" or "v5p:2x2x4".
+class Topology(NamedTuple):
+    chip: Chip
+    slice: str  # the name of one
+    sides: tuple[int, ...]  # of one
+    slices: int
+
+    @property
+    def chips(self) -> int:
+        """In all slices."""
+        return self.slices * math.prod(self.sides)
+
+
+def parse(topology: str) -> Topology:
+    """What is meant by "v5e:4x4", "v5p:2x2x4", or "2xv5e:4x4", which are two slices.
 
     Raises ValueError when it does not name a known chip and as many sides as its torus has.
     """
-    name, _, sides = topology.partition(":")
-    dims = tuple(int(n) for n in sides.split("x") if n.isdigit())
-    expected = {"v5p": 3}.get(name, 2)
-    if name not in CHIPS or len(dims) != expected or not re.fullmatch(r"\d+(x\d+)+", sides) or 0 in dims:
-        raise ValueError(f"--topology {topology!r}: expected v5e:AxB, v6e:AxB or v5p:AxBxC, such as v5e:4x4")
-    return CHIPS[name], dims
+    found = re.fullmatch(r"(?:(\d+)x)?((\w+):(\d+(?:x\d+)+))", topology)
+    slices, one, name, sides = found.groups() if found else (None, "", "", "0")
+    dims, count = tuple(int(n) for n in sides.split("x")), int(slices or 1)
+    if name not in CHIPS or len(dims) != (3 if name == "v5p" else 2) or 0 in (*dims, count):
+        raise ValueError(
+            f"--topology {topology!r}: expected v5e:AxB, v6e:AxB or v5p:AxBxC, such as v5e:4x4, and 2xv5e:4x4 for two slices"
+        )
+    return Topology(CHIPS[name], one, dims, count)
 
 
 def devices(topology: str) -> list[Any]:
-    """Descriptions of a slice's chips, to compile for.
+    """Descriptions of the chips of one or several slices, to compile for.
 
     Raises ValueError for a topology that libtpu does not know, or without libtpu.
     """
-    _, dims = parse(topology)
+    asked = parse(topology)
     from jax.experimental import topologies
 
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
-    part = {"chips_per_host_bounds": [1, 1, 1]} if any(n % 2 for n in dims[:2]) else {}
+    more: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if any(n % 2 for n in asked.sides[:2]) else {}
+    if asked.slices > 1:
+        more["num_slices"] = asked.slices
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **part).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=asked.slice, **more).devices)
     except Exception as error:  # of several kinds, by what is missing
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -133,8 +151,7 @@ def make(config: Config, topology: str) -> Report:
 
     Raises ValueError when the config, its mesh or the topology does not do.
     """
-    chip, _ = parse(topology)
-    found = devices(topology)
+    chip, found = parse(topology).chip, devices(topology)
     mesh = make_mesh(config.mesh, found)
     step = plan.make(config, len(found), target.of(mesh))
     lowered, held = _lower(config, step, mesh)
@@ -247,6 +264,7 @@ def _compile(
         "arithmetic": work.flops / PEAKS[chip.kind],
         "memory": work.bytes / chip.bandwidth,
         "links": work.sent / chip.links,
+        "slices": work.exchanged / chip.network,
     }
     return Program(name, runs, memory, memory.peak, work, seconds)
 

@@ -15,20 +15,22 @@ class Target(NamedTuple):
 class Chip(NamedTuple):
     """A TPU chip, one JAX device.
 
-    `memory` is what the compiler lets one program have; the other figures are those of the Cloud TPU documentation.
+    `memory` is what the compiler lets one program have; the other figures are those of the Cloud TPU documentation, but for the
+    network of v5p, which is from "How to Scale Your Model" (Austin et al. 2025).
     """
 
     kind: str
     memory: int  # bytes
     bandwidth: float  # of its memory, bytes/s
     links: float  # to other chips, bytes/s that all its links together carry one way
+    network: float  # to other slices, bytes/s: its share of what the pod has
 
 
 # By the name in topologies such as "v5e:4x4".
 CHIPS = {
-    "v5e": Chip("TPU v5 lite", int(15.75 * 2**30), 819e9, 200e9),
-    "v5p": Chip("TPU v5", int(95.74 * 2**30), 2765e9, 600e9),
-    "v6e": Chip("TPU v6 lite", int(31.25 * 2**30), 1600e9, 400e9),
+    "v5e": Chip("TPU v5 lite", int(15.75 * 2**30), 819e9, 200e9, 3.125e9),
+    "v5p": Chip("TPU v5", int(95.74 * 2**30), 2765e9, 600e9, 6.25e9),
+    "v6e": Chip("TPU v6 lite", int(31.25 * 2**30), 1600e9, 400e9, 12.5e9),
 }
 SMALL_DEVICE = 2**34  # bytes of a device that does not tell
 
