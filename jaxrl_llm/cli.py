@@ -85,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("config", nargs="+", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
     plan.add_argument("--devices", type=int, help="plan for this many devices instead of those present")
     plan.add_argument(
-        "--topology", metavar="NAME", help="compile for a TPU slice that need not be there, such as v5e:4x4 (extra tpu)"
+        "--topology",
+        metavar="NAME",
+        help="compile for a TPU slice that need not be there, such as v5e:4x4, or several: 2xv5e:4x4 (extra tpu)",
     )
     plan.set_defaults(run=_plan)
 
