@@ -40,7 +40,6 @@ CONFIG = {
             "num_key_value_heads": 1,
             "head_dim": 8,
             "max_position_embeddings": 32,
-            "tie_word_embeddings": True,  # what is open without: docs/architecture.md, "Many processes"
         }
     },
     "tokenizer": {"chars": "0123456789+-= "},

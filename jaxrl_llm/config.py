@@ -25,7 +25,8 @@ class Run(Section):
     log_every: int = described(1, "write metrics every this many steps", ge=1)
     compile_cache: str | None = described(
         "auto",
-        "directory where compiled programs are kept between runs; auto: the user's cache directory; none: nowhere",
+        "directory where compiled programs are kept between runs; auto: the user's cache directory; none: nowhere. "
+        "Several processes on CPUs keep none",
     )
 
 

@@ -9,7 +9,6 @@ import argparse
 import faulthandler
 import hashlib
 import json
-import shutil
 import sys
 import time
 import traceback
@@ -74,9 +73,6 @@ OWN: dict[str, dict[str, Any]] = {
     "v0": {"algorithm": {"context": 8, "least_context": 4}},
 }
 
-# Seldom, collectives of CPU devices meet in another order, whatever the method ("Open" in docs/architecture.md): a run is then
-# begun again, once.
-MISMATCH = "gloo::EnforceNotMet"
 # empg and hapo divide by how far entropies spread, 1e-3 with random weights, so rounding grows. In llds it decides which tokens fell in a
 # first pass: its runs part. In float64 (JAX_ENABLE_X64=1, model.dtype and param_dtype) all three agree to 1e-12.
 TOLERANCE = {"empg": 1e-3, "hapo": 1e-3}
@@ -225,7 +221,7 @@ def run(directory: Path, slugs: Sequence[str]) -> dict[str, str]:
     from test_processes import ended
 
     def job(count: int) -> dict[str, str]:
-        left, failed, again = list(slugs), {}, set()
+        left, failed = list(slugs), {}
         while left:
             running = start(directory / str(count), count, left)
             said = [error for _, error in ended(running, LIMIT * (1 + len(left)))]
@@ -233,14 +229,6 @@ def run(directory: Path, slugs: Sequence[str]) -> dict[str, str]:
                 break
             begun = [line.split()[1] for line in said[0].splitlines() if line.startswith("methods: ")]
             at = begun[-1] if begun else left[0]
-            if at not in again and any(MISMATCH in text for text in said):
-                again.add(at)
-                shutil.rmtree(directory / str(count) / at, ignore_errors=True)
-                for notes in (directory / str(count)).glob(f"{at}.*.jsonl"):
-                    notes.unlink()
-                print(f"methods: {at} in {count} processes met {MISMATCH}; once more", file=sys.stderr)
-                left = left[left.index(at) :]
-                continue
             failed[at] = "\n".join(f"process {i} of {count}:\n{text[-4000:]}" for i, text in enumerate(said))
             left = left[left.index(at) + 1 :]
         return failed

@@ -396,6 +396,47 @@ def test_devices_wait_for_a_process_that_is_slow_to_come(tmp_path):
     assert [process.returncode for process in running] == [0, 0], said
 
 
+TALK = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxrl_llm.config import Distributed
+from jaxrl_llm.sharding import processes
+
+def f(layers, heads, x):  # an order between the gathers of the loop and those of the heads follows from nothing
+    whole = lambda w: jax.lax.all_gather(w, "fsdp", tiled=True)
+    x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ whole(w)), None), x, layers)
+    return sum((x @ whole(w)).sum() for w in heads)[None]
+
+def work():
+    mesh, specs = jax.make_mesh((4,), ("fsdp",)), (P(None, "fsdp"), [P("fsdp")] * 6, P("fsdp"))
+    heads = [np.ones((64, 16 * n), np.float32) for n in range(1, 7)]
+    given = np.full((8, 64, 64), 0.01, np.float32), heads, np.ones((64, 64), np.float32)
+    placed = processes.put(given, jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs))
+    g = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P("fsdp"), check_vma=False))
+    said = {float(g(*placed).addressable_data(0)[0]) for _ in range(200)}
+    assert len(said) == 1, said
+    return 0
+
+where, i = sys.argv[1:]
+sys.exit(processes.run(Distributed(coordinator=where, processes=2, process=int(i)), work))
+"""
+
+
+def test_collectives_keep_their_order_when_a_start_finds_its_programs_compiled(tmp_path):
+    """XLA's programs for a CPU would not, read back from the compilation cache: gloo's "Received data size doesn't match"."""
+    (tmp_path / "talk.py").write_text(TALK)
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    for _ in range(2):
+        words = [sys.executable, str(tmp_path / "talk.py"), f"127.0.0.1:{free_port()}"]
+        running = [
+            subprocess.Popen([*words, str(i)], env=environment(2) | cache, stderr=subprocess.PIPE, text=True)
+            for i in range(2)
+        ]
+        said = ended(running, 200)
+        assert [process.returncode for process in running] == [0, 0], said
+
+
 CLAIM = """
 import os, sys
 from jaxrl_llm.config import Distributed

@@ -89,6 +89,10 @@ def start(settings: Distributed) -> None:
         raise ValueError(
             f"distributed.coordinator={settings.coordinator!r}: expected {expected}; {reason[:300]}"
         ) from None
+    if jax.default_backend() == "cpu":
+        # A program read back from JAX's compilation cache has lost the order between the collectives inside a loop and those
+        # outside it (XLA makes each thunk sequence a communicator resource of its own): processes run them in different orders.
+        jax.config.update("jax_enable_compilation_cache", False)
     _talk.limit, _talk.said = settings.wait_timeout, 0
     if not lead():  # what all would say, one says
         logging.getLogger("jaxrl_llm").setLevel(logging.ERROR)
