@@ -359,7 +359,7 @@ def test_meshes_give_the_same_completions(plain, shape):
     mesh = make_mesh(config.Mesh(**{"fsdp": 1, **shape}), jax.devices()[:4])
     params = jax.device_put(PARAMS, rules.shardings(decoder.logical_axes(SPEC), PARAMS, mesh))
     made = engine(params=params, mesh=mesh, slots=16)
-    decode_, heads = made._decode, set()
+    decode_, heads = made._run.decode, set()
 
     def watched(*args):
         out = slots, *_ = decode_(*args)
@@ -367,7 +367,7 @@ def test_meshes_give_the_same_completions(plain, shape):
         heads.update(x.data.shape[2] for cache in caches for x in cache.k.addressable_shards)
         return out
 
-    made._decode = watched
+    made._run = made._run._replace(decode=watched)
     assert_same(one, flat(made.generate(CONTEXTS, COUNTS, seed=2, step=2)), margins)
     assert heads == {SPEC.kv_heads // shape.get("tp", 1)}
 

@@ -19,23 +19,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxrl_llm.algorithms.base import SamplerHook
-from jaxrl_llm.compile_cache import quickly
 from jaxrl_llm.models import decoder
 from jaxrl_llm.models.spec import ModelSpec
-from jaxrl_llm.rollout import decode
+from jaxrl_llm.rollout import decode, programs
+from jaxrl_llm.rollout.programs import SHARDED
 from jaxrl_llm.rollout.results import Results
 from jaxrl_llm.rollout.rows import Completion
-from jaxrl_llm.rollout.sampling import Sampling, item_keys
+from jaxrl_llm.rollout.sampling import Sampling
 from jaxrl_llm.rollout.stops import stop_table
 from jaxrl_llm.sharding import target
 from jaxrl_llm.sharding.processes import put
-from jaxrl_llm.sharding.rules import partition
 from jaxrl_llm.types import Params
 
-SHARDED = ("dp", "fsdp")  # mesh axes over which items are dealt out
 MIN_SLOTS = 8  # per shard; below this a smaller program is not worth its compilation
 MIN_PLACES = 4  # a lane shared by fewer is not worth the detour
 MIN_COLUMNS = 16  # shortest compiled context
@@ -109,8 +107,7 @@ class Engine:
         self.stats: dict[str, Any] = {}  # of the last call
         self.compilations = 0
         self._shards = int(np.prod([mesh.shape[a] for a in SHARDED]))
-        self._shard = NamedSharding(mesh, PartitionSpec(SHARDED))
-        self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self._place = programs.placement(spec, mesh)
         self._params = self._weights = self.version = None
         self._compiling = Lock()  # two loops need the same programs: one compiles, the other waits for it
         table = None
@@ -118,13 +115,16 @@ class Engine:
             if pieces is None:
                 raise ValueError(f"rollout.stop: {list(stop_strings)} without the tokens' bytes, expected `pieces`")
             table = stop_table(stop_strings, _pad(pieces, spec.vocab))
-        self._stop_table = put(table, self._everywhere)
+        self._stop_table = put(table, self._place.everywhere)
         # With tp the devices of a step communicate, and the compiler may let all of them take part.
         lockstep = SHARDED if mesh.shape["tp"] > 1 else ()
         self.settings = decode.Settings(
             spec, self.dtype, max_new, chunk, tuple(eos_ids), temperature or 1.0, hook, lockstep, record
         )
-        self._compile(self.settings)
+        self._run = programs.make(self.settings, mesh, self._place, self._count)
+
+    def _count(self) -> None:
+        self.compilations += 1
 
     def set_weights(self, params: Params, version: int) -> None:
         """Use these parameters (laid out as `models.decoder.init`'s) from now on; nothing computed before is kept.
@@ -140,8 +140,8 @@ class Engine:
         spec, layers = self.spec, []
         for i, kind in enumerate(spec.sparse):
             parts = decoder.own_parts(spec, params["layers"], i)
-            layers.append(run(self._prepare_layer[kind], parts, i, spec.sparse[:i].count(kind)))
-        return run(self._prepare, params) | {"layers": layers}
+            layers.append(run(self._run.prepare_layer[kind], parts, i, spec.sparse[:i].count(kind)))
+        return run(self._run.prepare, params) | {"layers": layers}
 
     def drop_weights(self) -> None:
         """Hold none until the next `set_weights`, so that what runs meanwhile has their memory."""
@@ -183,14 +183,14 @@ class Engine:
         streams = self._streams(len(owner))
         size, lanes = self._shape(contexts, owner, len(streams), max(len(items) for items in streams[0]))
         with jax.set_mesh(self.mesh):
-            keys = np.asarray(self._keys(seed, step, first_item + np.arange(_power(len(owner)), dtype=np.int32)))
+            keys = np.asarray(self._run.keys(seed, step, first_item + np.arange(_power(len(owner)), dtype=np.int32)))
             begun, went = [], []
             for shards in streams:
                 pool, queue, routes = self._upload(contexts, owner, shards, lanes[1], keys, limits, sampling)
-                begun.append((shards, self._idle(size, lanes, pool[0].v.shape[-2], queue), pool, queue))
+                begun.append((shards, self._run.idle(size, lanes, pool[0].v.shape[-2], queue), pool, queue))
                 went += routes or []
             done = Results(len(owner), self.max_new, int(self.version or 0), on_finished, went or None)
-            loop = partial(self._loop, _truncated(sampling), size, put(hook_state, self._everywhere), done)
+            loop = partial(self._loop, _truncated(sampling), size, put(hook_state, self._place.everywhere), done)
         with ThreadPoolExecutor(1, "rollout") as thread:
             beside = [thread.submit(loop, *stream) for stream in begun[1:]]
             loop(*begun[0])
@@ -257,7 +257,7 @@ class Engine:
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             self._prepared(params, jax.eval_shape),
-            self._weight_shardings,
+            self._place.weights,
         )
 
     def lower(self, params: Params, contexts: int, n: int, hook_state: Any = ()) -> dict[str, jax.stages.Lowered]:
@@ -276,30 +276,30 @@ class Engine:
         def shaped(tree: Any, sharding: Any) -> Any:
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
-        counts, queue = (shaped(x, self._shard) for x in (np.zeros(self._shards, np.int32), queue))
+        counts, queue = (shaped(x, self._place.shard) for x in (np.zeros(self._shards, np.int32), queue))
         with jax.set_mesh(self.mesh):
-            prepare, layer = self._prepare.lower(params), self.spec.sparse.index(max(self.spec.sparse))
+            prepare, layer = self._run.prepare.lower(params), self.spec.sparse.index(max(self.spec.sparse))
             parts = decoder.own_parts(self.spec, params["layers"], layer)
-            prepare_layer = self._prepare_layer[self.spec.sparse[layer]].lower(parts, layer, 0)
+            prepare_layer = self._run.prepare_layer[self.spec.sparse[layer]].lower(parts, layer, 0)
             weights = self.weight_shapes(params)
-            prefill = self._prefill.lower(batch, params, shaped(tokens, self._shard), held)
-            pool = shaped(prefill.out_info[0], self._cached)
-            idle = partial(self._idle, size, lanes, pool[0].v.shape[-2])
+            prefill = self._run.prefill.lower(batch, params, shaped(tokens, self._place.shard), held)
+            pool = shaped(prefill.out_info[0], self._place.cached)
+            idle = partial(self._run.idle, size, lanes, pool[0].v.shape[-2])
             slots = jax.tree.map(
-                lambda sharding, part: shaped(part, sharding), self._slots, jax.eval_shape(idle, queue)
+                lambda sharding, part: shaped(part, sharding), self._place.slots, jax.eval_shape(idle, queue)
             )
-            rest = self._stop_table, shaped(hook_state, self._everywhere), slots
-            decode_ = self._decode.lower(_truncated(sampling), weights, pool, queue, counts, 0, *rest)
+            rest = self._stop_table, shaped(hook_state, self._place.everywhere), slots
+            decode_ = self._run.decode.lower(_truncated(sampling), weights, pool, queue, counts, 0, *rest)
         return {"prepare": prepare, "prepare_layer": prepare_layer, "prefill": prefill, "decode": decode_}
 
     def _upload(self, contexts, owner, shards, places, keys, limits, sampling) -> tuple[Any, decode.Job, Any]:
         """Prefilled contexts and queues, for every shard; and the recorded experts of each item's cached tokens, or None."""
         tokens, queue, batch, held = self._deal(contexts, owner, shards, places, keys, limits, sampling)
-        pool, routes = self._prefill(batch, self._params, put(tokens, self._shard), held)
+        pool, routes = self._run.prefill(batch, self._params, put(tokens, self._place.shard), held)
         if routes is not None:
             went, at = jax.device_get(routes), [(d, i) for d, items in enumerate(shards) for i in range(len(items))]
             routes = [went[d, queue.context[d, i], : queue.length[d, i]] for d, i in at]
-        return pool, put(queue, self._shard), routes
+        return pool, put(queue, self._place.shard), routes
 
     def _deal(self, contexts, owner, shards, places, keys, limits, sampling) -> tuple[Any, decode.Job, int, int]:
         """Contexts and queues of every shard on the host, how many contexts are prefilled at once, and of how many."""
@@ -338,13 +338,13 @@ class Engine:
         first = np.array([items[0] if len(items) else 0 for items in shards])
         last = None
         with jax.set_mesh(self.mesh):
-            counts = put(total, self._shard)
+            counts = put(total, self._place.shard)
             while True:
                 smaller = 0 if self.batch_invariant or size <= MIN_SLOTS else size // 2
                 # Alone, a shard may stop as soon as half its slots suffice; with others it would only wait for them.
                 shrink_at = smaller if self._shards == 1 else 0
                 with self._compiling:
-                    slots, log, status = self._decode(
+                    slots, log, status = self._run.decode(
                         truncated, self._weights, pool, queue, counts, shrink_at, self._stop_table, hook_state, slots
                     )
                 if last is not None:
@@ -357,82 +357,7 @@ class Engine:
                     if live.max() <= smaller:
                         size = min(smaller, max(MIN_SLOTS, _power(int(live.max()))))
                         with self._compiling:
-                            slots, pool, queue = self._compact(size, slots), None, None
-
-    def _compile(self, settings: decode.Settings) -> None:
-        """The jitted programs. Inside, every shard sees only its own leading index, which is dropped."""
-        spec, shard = settings.spec, PartitionSpec(SHARDED)
-
-        def counted(f: Callable, name: str) -> Callable:
-            def traced(*args):
-                self.compilations += 1  # the body runs once per compiled program
-                return f(*args)
-
-            traced.__name__ = name  # what profiles and logs of compilations show
-            return traced
-
-        def per_shard(f: Callable, in_specs: tuple) -> Callable:
-            def local(*args):
-                args = [jax.tree.map(lambda x: x[0], a) if s == shard else a for a, s in zip(args, in_specs)]
-                return jax.tree.map(lambda x: x[None], f(*args))
-
-            return jax.shard_map(
-                local, mesh=self.mesh, in_specs=in_specs, out_specs=shard, axis_names=set(SHARDED), check_vma=False
-            )
-
-        def prefill(batch, params, tokens, count):
-            return decode.prefill(spec, settings.dtype, settings.record, batch, params, tokens, count)
-
-        def idle(size, lanes, length, queue):
-            f = partial(decode.idle_slots, spec, settings.dtype, size, lanes, settings.max_new, length)
-            return per_shard(f, (shard,))(queue)
-
-        def decode_(truncated, weights, pool, queue, count, shrink_at, table, hook_state, slots):
-            everywhere = PartitionSpec()
-            specs = (everywhere, shard, shard, shard, everywhere, everywhere, everywhere, shard)
-            f = per_shard(partial(decode.decode, settings, truncated), specs)
-            return f(weights, pool, queue, count, shrink_at, table, hook_state, slots)
-
-        def compact(size, slots):
-            return per_shard(partial(decode.compact, size), (shard,))(slots)
-
-        sizes = {"tp": self.mesh.shape["tp"]}
-        shapes = decoder.abstract(spec)
-        layout = jax.tree.map(
-            lambda leaf, axes: partition(axes, leaf.shape, sizes)[0], shapes, decoder.logical_axes(spec)
-        )
-        one_by_one = [decoder.own_parts(spec, layout["layers"], i) for i in range(spec.layers)]
-        weights = {
-            "embed": layout["embed"],
-            "norm": layout["norm"],
-            "unembed": PartitionSpec(*layout["embed"][::-1]) if spec.tied else layout["unembed"],
-            "layers": [jax.tree.map(lambda s: PartitionSpec(*s[1:]), p) for p in one_by_one],
-        }
-        self._weight_shardings = weights = jax.tree.map(lambda s: NamedSharding(self.mesh, s), weights)
-        # Whole caches on every device of tp would be gathered after every call.
-        heads = "tp" if spec.kv_heads % sizes["tp"] == 0 else None
-        self._cached = NamedSharding(self.mesh, PartitionSpec(SHARDED, None, heads))
-        shard_of_each: Any = [self._shard] * len(decode.Slots._fields)
-        self._slots = decode.Slots(*shard_of_each)
-        self._slots = self._slots._replace(context=self._cached, own=self._cached)
-        quick = partial(jax.jit, compiler_options=quickly(target.of(self.mesh).platform))
-        ends = {name: part for name, part in weights.items() if name != "layers"}
-        self._prepare = quick(counted(partial(decode.prepare, spec, settings.dtype), "prepare"), out_shardings=ends)
-        self._prepare_layer = {
-            kind: quick(
-                counted(partial(decode.prepare_layer, settings.dtype), "prepare_layer"),
-                out_shardings=weights["layers"][spec.sparse.index(kind)],
-            )
-            for kind in set(spec.sparse)
-        }
-        once = (self._cached, self._everywhere)
-        self._prefill = jax.jit(counted(prefill, "prefill"), static_argnums=0, out_shardings=once)
-        self._idle = quick(counted(idle, "idle"), static_argnums=(0, 1, 2), out_shardings=self._slots)
-        # Every process reads the whole log, so that all of them take the same decisions.
-        out = (self._slots, self._everywhere, self._everywhere)
-        self._decode = jax.jit(counted(decode_, "decode"), static_argnums=0, donate_argnums=8, out_shardings=out)
-        self._compact = quick(counted(compact, "compact"), static_argnums=0, out_shardings=self._slots)
-        self._keys = quick(counted(item_keys, "item_keys"))
+                            slots, pool, queue = self._run.compact(size, slots), None, None
 
 
 def _truncated(sampling: Sampling) -> bool:
