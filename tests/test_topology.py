@@ -365,6 +365,20 @@ def test_fsdp_gathers_weights_once_forwards_and_at_most_twice_backwards_and_redu
 
 
 @needs_libtpu
+def test_the_whole_gradient_of_the_output_matrix_is_gone_before_the_layers_are_differentiated(config):
+    """A chip's sum of it over its tokens, and over chips: libtpu scatters a sum only along one side of a slice."""
+    small = ["hidden_size=128", "intermediate_size=128", "num_attention_heads=2", "num_key_value_heads=2"]
+    overrides = [f"model.spec.{each}" for each in (*small, "vocab_size=65536")]
+    _, programs = lowered(config("mesh.fsdp=16", *overrides), "v5e:4x4")
+    computations, entry = hlo._parse(programs["gradient"].compile().as_text())
+    run = computations[entry]  # as scheduled
+    (whole,) = [i.name for i in run if i.op == "all-reduce" and "[128,65536]" in i.type]
+    last_use = max(at for at, i in enumerate(run) if whole in i.operands)
+    layers_backwards = max(at for at, i in enumerate(run) if i.op == "while")
+    assert last_use < layers_backwards
+
+
+@needs_libtpu
 def test_tp_sends_what_the_formula_for_activations_says(config):
     """A layer has two pairs of products, each of which gathers its input and scatters its output over tp, or reduces it to all,
     which sends as much: four times forwards, again when the forward is computed again, and for the gradients. Besides,

@@ -182,6 +182,10 @@ def _views_bwd(names, chunks, residuals, g):
         dw, dh = jax.lax.scan(add, jnp.zeros((shards, *unembed.shape), acc), (*parts, None))
         dh = _join(dh, hidden.shape[0])
     dw = constrain(dw.sum(0), "embed", "vocab")
+    if ways("batch") > 1:
+        # Every device may have the whole sum before it takes its part. A tied matrix's part is first needed at the end of the
+        # backward pass, and XLA would keep the whole until then.
+        dw = jax.lax.optimization_barrier(dw)
     return dh, dw.astype(unembed.dtype), None, None, None
 
 
