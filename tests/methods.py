@@ -206,10 +206,6 @@ def start(directory: Path, count: int, slugs: Sequence[str]):
 
     directory.mkdir(parents=True, exist_ok=True)
     env = environment(4 // count if count > 1 else 8)
-    # Compiling is nearly all of the time.
-    env["XLA_FLAGS"] = (
-        f"{env.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    )
     where = f"127.0.0.1:{free_port()}"
     line = [sys.executable, __file__, "train", str(directory), where, str(count)]
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
