@@ -68,13 +68,13 @@ def placement(spec: ModelSpec, mesh: Mesh) -> Placement:
     return Placement(at(), at(SHARDED), cached, slots, jax.tree.map(lambda s: NamedSharding(mesh, s), weights))
 
 
-def make(settings: decode.Settings, mesh: Mesh, place: Placement, count: Callable[[], None]) -> Programs:
-    """The programs of one engine. `count` is called whenever one is compiled."""
+def make(settings: decode.Settings, mesh: Mesh, place: Placement, on_compile: Callable[[], None]) -> Programs:
+    """The programs of one engine. `on_compile` is called for each that is compiled."""
     spec = settings.spec
 
     def counted(f: Callable, name: str) -> Callable:
         def traced(*args):
-            count()  # the body runs once per compiled program
+            on_compile()  # the body runs once per compiled program
             return f(*args)
 
         traced.__name__ = name  # what profiles and logs of compilations show
