@@ -57,16 +57,22 @@ def use(where: str | None) -> Path | None:
     return Path(chosen)
 
 
+def well(platform: str) -> dict[str, bool | int]:
+    """`compiler_options` for the programs that a run spends its time in; none but on a CPU.
+
+    There LLVM's higher levels of optimization take a quarter longer to compile and the programs run no faster: XLA has
+    arranged their loops before.
+    """
+    return {"xla_backend_optimization_level": 1} if platform == "cpu" else {}
+
+
 def quickly(platform: str) -> dict[str, bool | int]:
     """`compiler_options` for what takes longer to compile than it will run on a platform; none but on a CPU.
 
-    There few optimizations, and XLA's older emitters while it has them (jaxlib 0.10), compile in half the time; what they make
-    may run a fifth slower.
+    There XLA's older emitters, while it has them (jaxlib 0.10), compile in half the time; what they make may run a fifth slower.
     """
-    if platform != "cpu":
-        return {}
-    emitters = {"xla_cpu_use_fusion_emitters": False} if version("jaxlib").startswith("0.10.") else {}
-    return {"xla_backend_optimization_level": 1, **emitters}
+    older = platform == "cpu" and version("jaxlib").startswith("0.10.")
+    return well(platform) | ({"xla_cpu_use_fusion_emitters": False} if older else {})
 
 
 @cache

@@ -49,6 +49,7 @@ class Settings(NamedTuple):
     hook: SamplerHook | None
     lockstep: tuple[str, ...]  # mesh axes whose shards take the same number of steps
     record: bool  # keep the experts that tokens go to
+    turned: bool  # weights of products have outputs as rows (`decoder.turn`); of a tied embedding there is one copy
 
 
 class Job(NamedTuple):
@@ -93,15 +94,16 @@ class Log(NamedTuple):
     routes: Int[Array, "C S M k"] | None = None  # experts the step's input went to, where they are recorded
 
 
-def prepare(spec: ModelSpec, dtype: Any, params: Params) -> Params:
+def prepare(spec: ModelSpec, dtype: Any, turned: bool, params: Params) -> Params:
     """Parameters outside the layers as the decode loop wants them: in its dtype, the output matrix row-major."""
-    unembed = decoder.unembed(spec, params)
-    return jax.tree.map(
-        lambda w: w.astype(dtype), {"embed": params["embed"], "norm": params["norm"], "unembed": unembed}
-    )
+    out = {"embed": params["embed"], "norm": params["norm"]}
+    if not (turned and spec.tied):
+        unembed = decoder.unembed(spec, params)
+        out["unembed"] = decoder.turn(unembed, 1) if turned else unembed
+    return jax.tree.map(lambda w: w.astype(dtype), out)
 
 
-def prepare_layer(dtype: Any, layers: Params, at: Int[Array, ""], alike: Int[Array, ""]) -> Params:
+def prepare_layer(dtype: Any, turned: bool, layers: Params, at: Int[Array, ""], alike: Int[Array, ""]) -> Params:
     """Parameters of one layer as the decode loop wants them, of the stacks that layers like it have a part in: layer `at`,
     with `alike` of its kind, experts or an MLP, before it.
 
@@ -110,7 +112,8 @@ def prepare_layer(dtype: Any, layers: Params, at: Int[Array, ""], alike: Int[Arr
 
     def cut(name: str, part: Params) -> Params:
         index = alike if name in (*decoder.DENSE, decoder.EXPERTS) else at
-        return jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, index, keepdims=False).astype(dtype), part)
+        own = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, index, keepdims=False).astype(dtype), part)
+        return decoder.turn(own, decoder.PRODUCTS[name]) if turned and name in decoder.PRODUCTS else own
 
     return {name: cut(name, part) for name, part in layers.items()}
 
@@ -326,6 +329,7 @@ def token_logits(
 
     x = decoder.embed(spec, weights, slots.token[:, None], settings.dtype)
     cos, sin = decoder.rope(spec, position[:, None], settings.dtype)
+    products = decoder.TURNED if settings.turned else decoder.PLAIN
 
     @partial(jax.jit, static_argnums=0)  # layers of a kind are traced and lowered once
     def layer(info: LayerInfo, p: Params, context: Cache, own: Cache, x: Array) -> tuple[Array, decoder.Kept]:
@@ -342,7 +346,7 @@ def token_logits(
             seat = (slots.occupant, slots.lane, job.place)
             return joined(q[:, 0], seat, context, seen_c, cache, seen_o, info.scale)[:, None], cache
 
-        return decoder.block(spec, p, info, x, cos, sin, attend)
+        return decoder.block(spec, p, info, x, cos, sin, attend, products=products)
 
     own: list[Cache] = []
     routes: list[Array] = []
@@ -351,7 +355,11 @@ def token_logits(
         own.append(kept.attend)
         routes += [] if kept.routes is None else [kept.routes[:, 0]]
     hidden = decoder.final_norm(spec, weights, x)[:, 0]
-    logits = jnp.matmul(hidden, weights["unembed"], preferred_element_type=accumulator(settings.dtype))
+    acc = accumulator(settings.dtype)
+    if settings.turned:
+        logits = decoder.project_turned(hidden, weights["embed" if spec.tied else "unembed"], 1, acc)
+    else:
+        logits = jnp.matmul(hidden, weights["unembed"], preferred_element_type=acc)
     # Whole on every device: shards branch differently when they choose tokens, and must not communicate there.
     return constrain(logits, None, None), tuple(own), jnp.stack(routes, 1) if routes else None
 

@@ -107,7 +107,8 @@ class Engine:
         self.stats: dict[str, Any] = {}  # of the last call
         self.compilations = 0
         self._shards = int(np.prod([mesh.shape[a] for a in SHARDED]))
-        self._place = programs.placement(spec, mesh)
+        turned = target.of(mesh).platform == "cpu"
+        self._place = programs.placement(spec, mesh, turned)
         self._params = self._weights = self.version = None
         self._compiling = Lock()  # two loops need the same programs: one compiles, the other waits for it
         table = None
@@ -119,7 +120,7 @@ class Engine:
         # With tp the devices of a step communicate, and the compiler may let all of them take part.
         lockstep = SHARDED if mesh.shape["tp"] > 1 else ()
         self.settings = decode.Settings(
-            spec, self.dtype, max_new, chunk, tuple(eos_ids), temperature or 1.0, hook, lockstep, record
+            spec, self.dtype, max_new, chunk, tuple(eos_ids), temperature or 1.0, hook, lockstep, record, turned
         )
         self._run = programs.make(self.settings, mesh, self._place, self._count)
 

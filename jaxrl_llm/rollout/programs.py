@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrl_llm.compile_cache import quickly
+from jaxrl_llm.compile_cache import quickly, well
 from jaxrl_llm.models import decoder
 from jaxrl_llm.models.spec import ModelSpec
 from jaxrl_llm.rollout import decode
@@ -46,7 +46,9 @@ class Programs(NamedTuple):
     keys: Any  # sampling.item_keys
 
 
-def placement(spec: ModelSpec, mesh: Mesh) -> Placement:
+def placement(spec: ModelSpec, mesh: Mesh, turned: bool) -> Placement:
+    """turned: as in `decode.Settings`."""
+
     def at(*axes: Any) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*axes))
 
@@ -54,13 +56,21 @@ def placement(spec: ModelSpec, mesh: Mesh) -> Placement:
     layout = jax.tree.map(
         lambda leaf, axes: partition(axes, leaf.shape, sizes)[0], decoder.abstract(spec), decoder.logical_axes(spec)
     )
+
+    def own(name: str, axes: PartitionSpec) -> PartitionSpec:
+        """Of one layer, what `axes` are of the stack."""
+        sums = decoder.PRODUCTS.get(name, 0) if turned else 0
+        return PartitionSpec(*axes[1 + sums :], *axes[1 : 1 + sums])
+
     one_by_one = [decoder.own_parts(spec, layout["layers"], i) for i in range(spec.layers)]
     weights = {
         "embed": layout["embed"],
         "norm": layout["norm"],
-        "unembed": PartitionSpec(*layout["embed"][::-1]) if spec.tied else layout["unembed"],
-        "layers": [jax.tree.map(lambda s: PartitionSpec(*s[1:]), p) for p in one_by_one],
+        "layers": [{name: jax.tree.map(partial(own, name), s) for name, s in p.items()} for p in one_by_one],
     }
+    if not (turned and spec.tied):
+        rows = PartitionSpec(*layout["embed"][::-1]) if spec.tied else layout["unembed"]
+        weights["unembed"] = PartitionSpec(*rows[::-1]) if turned else rows
     # Whole caches on every device of tp would be gathered after every call.
     cached = at(SHARDED, None, "tp" if spec.kv_heads % sizes["tp"] == 0 else None)
     shard_of_each: Any = [at(SHARDED)] * len(decode.Slots._fields)
@@ -104,21 +114,24 @@ def make(settings: decode.Settings, mesh: Mesh, place: Placement, on_compile: Ca
     def compact(size, slots):
         return per_shard(partial(decode.compact, size), (SHARD,))(slots)
 
-    quick = partial(jax.jit, compiler_options=quickly(target.of(mesh).platform))
+    platform = target.of(mesh).platform
+    quick, main = (partial(jax.jit, compiler_options=options(platform)) for options in (quickly, well))
     ends = {name: part for name, part in place.weights.items() if name != "layers"}
     return Programs(
-        prepare=quick(counted(partial(decode.prepare, spec, settings.dtype), "prepare"), out_shardings=ends),
+        prepare=quick(
+            counted(partial(decode.prepare, spec, settings.dtype, settings.turned), "prepare"), out_shardings=ends
+        ),
         prepare_layer={
             kind: quick(
-                counted(partial(decode.prepare_layer, settings.dtype), "prepare_layer"),
+                counted(partial(decode.prepare_layer, settings.dtype, settings.turned), "prepare_layer"),
                 out_shardings=place.weights["layers"][spec.sparse.index(kind)],
             )
             for kind in set(spec.sparse)
         },
-        prefill=jax.jit(counted(prefill, "prefill"), static_argnums=0, out_shardings=(place.cached, place.everywhere)),
+        prefill=main(counted(prefill, "prefill"), static_argnums=0, out_shardings=(place.cached, place.everywhere)),
         idle=quick(counted(idle, "idle"), static_argnums=(0, 1, 2), out_shardings=place.slots),
         # Every process reads the whole log, so that all of them take the same decisions.
-        decode=jax.jit(
+        decode=main(
             counted(decode_, "decode"),
             static_argnums=0,
             donate_argnums=8,

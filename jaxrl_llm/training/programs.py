@@ -11,7 +11,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Bool
 
 from jaxrl_llm.algorithms.base import Algorithm, keep
-from jaxrl_llm.compile_cache import quickly
+from jaxrl_llm.compile_cache import quickly, well
 from jaxrl_llm.config import Importance
 from jaxrl_llm.training import gradients, noise, optim, routing, updates
 from jaxrl_llm.training.gradients import Model
@@ -53,16 +53,15 @@ def make(
 ) -> Programs:
     """The programs of one run; optimizers, rates and shapes by label, `place` the shardings of its train state."""
     everywhere, params = model.everywhere, place.params
-    quick = partial(jax.jit, compiler_options=quickly(next(iter(everywhere.device_set)).platform))
+    platform = next(iter(everywhere.device_set)).platform
+    quick, main = (partial(jax.jit, compiler_options=options(platform)) for options in (quickly, well))
     small = partial(quick, out_shardings=everywhere)
     pull, fused = partial(gradients.pull, model), partial(gradients.fused, model, alg)
     return Programs(
-        score=jax.jit(
-            partial(gradients.score, model), static_argnums=(0, 1), donate_argnums=3, out_shardings=everywhere
-        ),
+        score=main(partial(gradients.score, model), static_argnums=(0, 1), donate_argnums=3, out_shardings=everywhere),
         differentiate=small(partial(gradients.differentiate, alg)),
-        pull=jax.jit(pull, static_argnums=0, donate_argnums=2, out_shardings=params),
-        fused=jax.jit(fused, static_argnums=(0, 1), donate_argnums=3, out_shardings=(params, everywhere)),
+        pull=main(pull, static_argnums=0, donate_argnums=2, out_shardings=params),
+        fused=main(fused, static_argnums=(0, 1), donate_argnums=3, out_shardings=(params, everywhere)),
         weigh=small(partial(gradients.weigh, alg, importance)),
         add=small(gradients.add),
         zeros=quick(partial(gradients.zeros, shapes), out_shardings=params),

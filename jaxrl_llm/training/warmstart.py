@@ -16,11 +16,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm import config
+from jaxrl_llm.compile_cache import well
 from jaxrl_llm.models import decoder
 from jaxrl_llm.models.attention import causal
 from jaxrl_llm.models.scorers import token_views
 from jaxrl_llm.models.spec import ModelSpec
-from jaxrl_llm.sharding import processes
+from jaxrl_llm.sharding import processes, target
 from jaxrl_llm.sharding.rules import batch_sharding
 from jaxrl_llm.training import optim
 from jaxrl_llm.types import Params
@@ -165,7 +166,10 @@ def run(
         raise ValueError(f"warmstart.batch={settings.batch}: expected a multiple of the mesh's dp x fsdp = {ways}")
     tx = optim.make(settings.optimizer, settings.steps)
     step = jax.jit(
-        partial(sft_step, spec, tx, dtype=dtype, remat=remat), static_argnames="answer_length", donate_argnums=0
+        partial(sft_step, spec, tx, dtype=dtype, remat=remat),
+        static_argnames="answer_length",
+        donate_argnums=0,
+        compiler_options=well(target.of(mesh).platform),
     )
     began = clock() - spent
     for i in range(int(state.step), settings.steps):
