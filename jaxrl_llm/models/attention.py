@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.sharding import target
+
 OUT, LSE = "attention", "attention logsumexp"  # names of what the backward pass is kept from computing again
 QUERIES = 256  # of a block of causal attention, at least
 MOST_BLOCKS = 8  # as each is compiled
@@ -149,8 +151,13 @@ def _read(p: Array, v: Array) -> Array:
 
 def _into(p: Array, g: Array, like: Array) -> Array:
     """Transpose of `_read`: what values get, in the shape and dtype of `like`."""
-    keys = "ckld" if like.ndim == 4 else "ckgld"
-    return jnp.einsum(f"ckgrsl,ckgrsd->{keys}", p, g, preferred_element_type=accumulator(p.dtype)).astype(like.dtype)
+    keys, acc = "ckld" if like.ndim == 4 else "ckgld", accumulator(p.dtype)
+    if target.current().platform != "cpu":
+        return jnp.einsum(f"ckgrsl,ckgrsd->{keys}", p, g, preferred_element_type=acc).astype(like.dtype)
+    # A CPU turns the left side of such a product round in memory: not p, which has a column for every key.
+    turned = keys.replace("ld", "dl")
+    out = jnp.einsum(f"ckgrsd,ckgrsl->{turned}", g, p, preferred_element_type=acc)
+    return jax.lax.optimization_barrier(out).swapaxes(-1, -2).astype(like.dtype)
 
 
 def accumulator(dtype: Any) -> jnp.dtype:

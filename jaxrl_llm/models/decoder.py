@@ -232,8 +232,25 @@ def project(x: Array, w: Array, sums: int) -> Array:
     """x [*rows,*in] times w [*in,*out], with `sums` axes in, as one product of matrices: with batch or output axes apart,
     XLA's CPU backend takes 3 times as long for the gradient, and copies the weight."""
     width = math.prod(w.shape[:sums])
-    flat = x.reshape(-1, width) @ w.reshape(width, -1)
+    sides = x.reshape(-1, width), w.reshape(width, -1)
+    narrows = width > sides[1].shape[1] and target.current().platform == "cpu"
+    flat = (_narrowed if narrows else jnp.matmul)(*sides)
     return flat.reshape(*x.shape[: x.ndim - sums], *w.shape[sums:])
+
+
+@jax.custom_vjp
+def _narrowed(x: Float[Array, "N D"], w: Float[Array, "D O"]) -> Float[Array, "N O"]:
+    """x w with fewer outputs than inputs, on a CPU: a product that sums over the rows of both sides, as the gradient of w,
+    is up to 1.5 times as fast there with the shorter rows on its left. The barrier keeps XLA from swapping the sides."""
+    return x @ w
+
+
+def _narrowed_bwd(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = kept
+    return g @ w.T, jax.lax.optimization_barrier(g.T @ x).T
+
+
+_narrowed.defvjp(lambda x, w: (x @ w, (x, w)), _narrowed_bwd)
 
 
 def mlp(act: Callable[[Array], Array], p: Params, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
