@@ -66,6 +66,12 @@ def well(platform: str) -> dict[str, bool | int]:
     return {"xla_backend_optimization_level": 1} if platform == "cpu" else {}
 
 
+def in_place(platform: str) -> dict[str, bool | int]:
+    """`compiler_options` for what changes most of the memory it reads: on a CPU XLA finds what it may overwrite only by this
+    analysis, and copies the rest first."""
+    return well(platform) | ({"xla_cpu_copy_insertion_use_region_analysis": True} if platform == "cpu" else {})
+
+
 def quickly(platform: str) -> dict[str, bool | int]:
     """`compiler_options` for what takes longer to compile than it will run on a platform; none but on a CPU.
 

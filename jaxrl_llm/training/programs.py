@@ -11,7 +11,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Bool
 
 from jaxrl_llm.algorithms.base import Algorithm, keep
-from jaxrl_llm.compile_cache import quickly, well
+from jaxrl_llm.compile_cache import in_place, quickly, well
 from jaxrl_llm.config import Importance
 from jaxrl_llm.training import gradients, noise, optim, routing, updates
 from jaxrl_llm.training.gradients import Model
@@ -74,8 +74,11 @@ def make(
         share=small(routing.shared),
         take=small(_take),
         start=quick(partial(start, optimizers), out_shardings=place.opt),
-        apply=quick(
-            partial(updates.apply, optimizers, rates), donate_argnums=0, out_shardings=(place, everywhere, everywhere)
+        apply=jax.jit(
+            partial(updates.apply, optimizers, rates),
+            donate_argnums=0,
+            out_shardings=(place, everywhere, everywhere),
+            compiler_options=in_place(platform),
         ),
         copy=quick(partial(jax.tree.map, jnp.copy), out_shardings=params[POLICY]),
     )

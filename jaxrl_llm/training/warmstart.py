@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm import config
-from jaxrl_llm.compile_cache import well
+from jaxrl_llm.compile_cache import in_place
 from jaxrl_llm.models import decoder
 from jaxrl_llm.models.attention import causal
 from jaxrl_llm.models.scorers import token_views
@@ -169,7 +169,7 @@ def run(
         partial(sft_step, spec, tx, dtype=dtype, remat=remat),
         static_argnames="answer_length",
         donate_argnums=0,
-        compiler_options=well(target.of(mesh).platform),
+        compiler_options=in_place(target.of(mesh).platform),
     )
     began = clock() - spent
     for i in range(int(state.step), settings.steps):
