@@ -19,7 +19,7 @@ from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.lanes import Cache, joined
 from jaxrl_llm.rollout.rows import STOP_LENGTH, STOP_STRING, STOP_TOKEN
 from jaxrl_llm.rollout.sampling import truncate
-from jaxrl_llm.sharding import rules
+from jaxrl_llm.sharding import rules, target
 from jaxrl_llm.sharding.mesh import make_mesh
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -164,6 +164,23 @@ def test_two_streams_on_a_cpu_write_what_one_does(plain):
     compiled = two.compilations
     two.generate(CONTEXTS, counts, seed=7, step=2, max_new=limits)
     assert two.compilations == compiled, "both run the same programs"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_off_a_cpu_weights_lie_as_in_training_and_the_answers_are_the_same(tied, monkeypatch):
+    spec = tiny.spec("qwen3", num_hidden_layers=2, tie_word_embeddings=tied)
+    params = sharp(spec, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(target, "of", lambda mesh: target.Target("gpu", "some"))
+        elsewhere = engine(spec, params)
+    here = engine(spec, params)
+    assert here.settings.turned and not elsewhere.settings.turned
+    assert ("unembed" in here._weights) == (not tied), "one copy of a tied embedding"
+    up = [made._weights["layers"][0]["up"].shape for made in (here, elsewhere)]
+    assert up == [(spec.mlp, spec.embed), (spec.embed, spec.mlp)]
+    got, want = (made.generate(CONTEXTS, COUNTS, seed=3, step=1) for made in (here, elsewhere))
+    assert_same(flat(got), flat(want), elsewhere.stats["item_margins"])
+    assert_logps_are_teacher_forced(CONTEXTS, want, params=params, spec=spec)
 
 
 @pytest.mark.parametrize("axis", ["fsdp", "tp"])

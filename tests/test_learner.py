@@ -1,8 +1,10 @@
 """The learner: one gradient whatever the split, route and mesh; and what it does when numbers go wrong."""
 
 import logging
+import re
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -286,6 +288,18 @@ def test_updates_donate_the_old_parameters_and_moments():
         old, rows = made.train, rollouts()
         made.step(APART, rows, credit(rows))
     assert all(x.is_deleted() for x in jax.tree.leaves((old.params, old.opt)))
+
+
+def test_the_optimizer_copies_no_matrix_before_it_overwrites_it():
+    made, rows, given = learner(), rollouts(), []
+    run = made._run
+    shaped = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding))
+    made._run = run._replace(apply=lambda *args: given.append(shaped(args)) or run.apply(*args))
+    made.step(APART, rows, credit(rows))
+    with jax.set_mesh(made.mesh):
+        text = run.apply.lower(*given[0]).compile().as_text()
+    copied = [tuple(map(int, dims.split(","))) for dims in re.findall(r"= f32\[([\d,]+)\]\S* copy\(", text)]
+    assert not {shape for shape in copied if len(shape) > 1}
 
 
 def test_minibatches_deal_every_real_row_once_and_keep_blocks_whole():

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from jaxrl_llm.models import attention, critic, decoder, hf, scorers
 from jaxrl_llm.models.spec import from_hf, to_hf
+from jaxrl_llm.sharding import target
 from jaxrl_llm.sharding.target import Target
 
 FAMILIES = list(tiny.CONFIGS)
@@ -204,6 +205,48 @@ def test_rematerialization_changes_no_gradient(x64, family):
     expected = gradient("none")
     for remat in ("dots", "full"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), gradient(remat), expected)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_the_order_of_a_cpu_s_products_changes_no_gradient(x64, family, monkeypatch):
+    """Other platforms take the plain products, a CPU has the short side of some on the left."""
+    spec = tiny.spec(family)
+    params = tiny.params(spec, dtype=np.float64)
+    targets = np.roll(IDS, -1, axis=1).reshape(-1)
+
+    def loss(p):
+        hidden, _ = decoder.forward(spec, p, IDS, positions(IDS), attention.causal(), dtype=jnp.float64, remat="dots")
+        return scorers.token_views(hidden[0], decoder.unembed(spec, p), targets)["logp"].sum()
+
+    def program():
+        return jax.jit(jax.grad(lambda p: loss(p))).lower(params)
+
+    swapped = program()
+    monkeypatch.setattr(target, "current", lambda: Target("gpu", "some"))
+    plain = program()
+    barriers = [text.as_text().count("optimization_barrier") for text in (swapped, plain)]
+    assert barriers[0] >= barriers[1] + 4, "down, the output matrix, keys and values"
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12),
+        swapped.compile()(params),
+        plain.compile()(params),
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_with_turned_weights_is_the_layer(x64, family):
+    spec = tiny.spec(family, attention_bias=True)
+    params = tiny.params(spec, dtype=np.float64)
+    x = decoder.embed(spec, params, IDS, jnp.float64)
+    cos, sin = decoder.rope(spec, positions(IDS), jnp.float64)
+    info = decoder.layer_infos(spec)[0]
+    p = jax.tree.map(lambda w: w[0], decoder.own_parts(spec, params["layers"], 0))
+    turned = {name: decoder.turn(w, decoder.PRODUCTS[name]) if name in decoder.PRODUCTS else w for name, w in p.items()}
+    assert turned["q"].shape == (spec.heads, spec.head_dim, spec.embed)
+    assert turned["o"].shape == (spec.embed, spec.heads, spec.head_dim)
+    plain, _ = decoder.block(spec, p, info, x, cos, sin, attention.causal())
+    same, _ = decoder.block(spec, turned, info, x, cos, sin, attention.causal(), products=decoder.TURNED)
+    np.testing.assert_allclose(same, plain, atol=1e-12)
 
 
 def test_compiled_size_does_not_grow_with_depth():
