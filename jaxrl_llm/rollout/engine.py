@@ -47,6 +47,11 @@ def most_slots(platform: str) -> int:
     return 32 if platform == "cpu" else 512
 
 
+def turns(platform: str) -> bool:
+    """Whether decoding has its weights turned (`decode.Settings`), and so no copy of a tied embedding."""
+    return platform == "cpu"
+
+
 def prefill_batch(contexts: int, columns: int) -> int:
     """Contexts of so many tokens prefilled at once per shard."""
     return _power(min(contexts, max(PREFILL_TOKENS // columns, 1)))
@@ -107,7 +112,7 @@ class Engine:
         self.stats: dict[str, Any] = {}  # of the last call
         self.compilations = 0
         self._shards = int(np.prod([mesh.shape[a] for a in SHARDED]))
-        turned = target.of(mesh).platform == "cpu"
+        turned = turns(target.of(mesh).platform)
         self._place = programs.placement(spec, mesh, turned)
         self._params = self._weights = self.version = None
         self._compiling = Lock()  # two loops need the same programs: one compiles, the other waits for it

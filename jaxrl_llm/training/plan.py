@@ -14,7 +14,7 @@ from jaxrl_llm.config import Config, Optimizer
 from jaxrl_llm.models import critic, decoder, hf
 from jaxrl_llm.models.scorers import CHUNK_ELEMENTS
 from jaxrl_llm.models.spec import ModelSpec, from_hf
-from jaxrl_llm.rollout.engine import most_slots, prefill_batch
+from jaxrl_llm.rollout.engine import most_slots, prefill_batch, turns
 from jaxrl_llm.sharding import rules, target
 from jaxrl_llm.sharding.mesh import AXES, shape_over
 from jaxrl_llm.sharding.target import Target
@@ -167,7 +167,7 @@ def _memory(config: Config, step: Step, trees: dict[str, tuple[Any, Any]]) -> di
         memory["guide parameters"] = count["policy"] * param
     replicated = {**step.mesh, **dict.fromkeys(rules.RULES["batch"], 1)}  # the engine splits weights over tp only
     weights = _per_device(*trees["policy"], replicated)
-    if step.spec.tied:  # the output matrix is a copy, transposed
+    if step.spec.tied and not turns(step.on.platform):  # the output matrix is a copy, transposed
         weights += step.spec.embed * step.spec.vocab // step.mesh["tp"]
     memory[WEIGHTS] = weights * jnp.dtype(_decode_dtype(config)).itemsize
     memory[CACHES] = _cache_bytes(config, step)
