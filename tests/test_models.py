@@ -11,7 +11,7 @@ import pytest
 import tiny
 from safetensors.numpy import save_file
 
-from jaxrl_llm.models import attention, critic, decoder, hf, scorers
+from jaxrl_llm.models import attention, critic, decoder, hf, products, scorers
 from jaxrl_llm.models.spec import from_hf, to_hf
 from jaxrl_llm.sharding import target
 from jaxrl_llm.sharding.target import Target
@@ -241,11 +241,11 @@ def test_a_layer_with_turned_weights_is_the_layer(x64, family):
     cos, sin = decoder.rope(spec, positions(IDS), jnp.float64)
     info = decoder.layer_infos(spec)[0]
     p = jax.tree.map(lambda w: w[0], decoder.own_parts(spec, params["layers"], 0))
-    turned = {name: decoder.turn(w, decoder.PRODUCTS[name]) if name in decoder.PRODUCTS else w for name, w in p.items()}
+    turned = {name: products.turn(w, products.SUMS[name]) if name in products.SUMS else w for name, w in p.items()}
     assert turned["q"].shape == (spec.heads, spec.head_dim, spec.embed)
     assert turned["o"].shape == (spec.embed, spec.heads, spec.head_dim)
     plain, _ = decoder.block(spec, p, info, x, cos, sin, attention.causal())
-    same, _ = decoder.block(spec, turned, info, x, cos, sin, attention.causal(), products=decoder.TURNED)
+    same, _ = decoder.block(spec, turned, info, x, cos, sin, attention.causal(), products=products.TURNED)
     np.testing.assert_allclose(same, plain, atol=1e-12)
 
 

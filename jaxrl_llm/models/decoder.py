@@ -8,8 +8,6 @@ Letters: B batch, S positions, D embed, H heads, K key/value heads, hd head widt
 experts, E experts, k experts of a token.
 """
 
-import math
-from collections.abc import Callable
 from functools import partial
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
@@ -22,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.models import experts
 from jaxrl_llm.models.attention import LSE, OUT, Attend, LayerInfo, accumulator
+from jaxrl_llm.models.products import PLAIN, SUMS, Products
 from jaxrl_llm.models.spec import SILU, ModelSpec
 from jaxrl_llm.sharding import target
 from jaxrl_llm.sharding.rules import constrain, ways
@@ -31,9 +30,6 @@ from jaxrl_llm.types import Params
 Remat = Literal["auto", "none", "dots", "full"]
 
 DENSE, EXPERTS = ("gate", "up", "down"), "experts"  # parameters of layers without and with experts
-# Weights of a layer's products with all tokens, and over how many of their axes, the first, a product sums.
-PRODUCTS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
-
 ACTIVATIONS = {SILU: jax.nn.silu}
 # What "auto" lets the backward pass keep on a CPU, where computing again is no slower than reading back, and elsewhere
 # as a share of the device's memory.
@@ -55,13 +51,6 @@ class Kept(NamedTuple):
         Int[Array, "M B S k"] | None
     )  # ids of the experts every position went to; over M layers. None without experts
     inner: Float[Array, "B S D"] | None = None  # of `forward`: the residual stream behind the layer asked for
-
-
-class Products(NamedTuple):
-    """How a layer multiplies by the weights of `PRODUCTS`, as they lie."""
-
-    project: Callable[[Array, Array, int], Array]
-    mlp: Callable[[Callable[[Array], Array], Params, Array], Array]
 
 
 class Layers(nnx.Module):
@@ -228,67 +217,6 @@ def rotate(x: Float[Array, "B S H hd"], cos: Float[Array, "B S hd/2"], sin: Floa
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def project(x: Array, w: Array, sums: int) -> Array:
-    """x [*rows,*in] times w [*in,*out], with `sums` axes in, as one product of matrices: with batch or output axes apart,
-    XLA's CPU backend takes 3 times as long for the gradient, and copies the weight."""
-    width = math.prod(w.shape[:sums])
-    sides = x.reshape(-1, width), w.reshape(width, -1)
-    narrows = width > sides[1].shape[1] and target.current().platform == "cpu"
-    flat = (_narrowed if narrows else jnp.matmul)(*sides)
-    return flat.reshape(*x.shape[: x.ndim - sums], *w.shape[sums:])
-
-
-@jax.custom_vjp
-def _narrowed(x: Float[Array, "N D"], w: Float[Array, "D O"]) -> Float[Array, "N O"]:
-    """x w with fewer outputs than inputs, on a CPU: a product that sums over the rows of both sides, as the gradient of w,
-    is up to 1.5 times as fast there with the shorter rows on its left. The barrier keeps XLA from swapping the sides."""
-    return x @ w
-
-
-def _narrowed_bwd(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, w = kept
-    return g @ w.T, jax.lax.optimization_barrier(g.T @ x).T
-
-
-_narrowed.defvjp(lambda x, w: (x @ w, (x, w)), _narrowed_bwd)
-
-
-def mlp(act: Callable[[Array], Array], p: Params, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-    h = act(project(x, p["gate"], 1)) * project(x, p["up"], 1)
-    return project(constrain(h, "batch", "seq", "mlp"), p["down"], 1)
-
-
-# The same by weights whose rows are outputs. For few tokens that is up to 1.7 times as fast on a CPU, whose library
-# rearranges the right side of every product anew. Barriers keep XLA from swapping the sides back.
-
-
-def turn(w: Array, sums: int) -> Array:
-    """Weights [*in,*out] of `project` as [*out,*in]."""
-    return jnp.moveaxis(w, range(sums), range(-sums, 0))
-
-
-def project_turned(x: Array, w: Array, sums: int, dtype: Any = None) -> Array:
-    """`project` by turned weights. `dtype`: of the result; that of `x` by default."""
-    width = math.prod(w.shape[-sums:])
-    flat = jax.lax.optimization_barrier(_columns(w.reshape(-1, width), x.reshape(-1, width), dtype)).T
-    return flat.reshape(*x.shape[: x.ndim - sums], *w.shape[: w.ndim - sums])
-
-
-def mlp_turned(act: Callable[[Array], Array], p: Params, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-    """`mlp` by turned weights; tokens are columns until the end, as turning the wide middle costs what was won."""
-    flat = x.reshape(-1, x.shape[-1])
-    gate, up = (jax.lax.optimization_barrier(_columns(p[name], flat)) for name in ("gate", "up"))
-    out = p["down"] @ constrain(act(gate) * up, "mlp", None)
-    return jax.lax.optimization_barrier(out).T.reshape(x.shape)
-
-
-def _columns(w: Float[Array, "O D"], x: Float[Array, "N D"], dtype: Any = None) -> Float[Array, "O N"]:
-    return jax.lax.dot_general(w, x, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
-
-
-PLAIN, TURNED = Products(project, mlp), Products(project_turned, mlp_turned)
-
-
 def block(
     spec: ModelSpec,
     layer_params: Params,
@@ -303,11 +231,11 @@ def block(
     """One layer in the dtype of `x`. Returns the residual stream and what is kept.
 
     replay: experts that positions go to instead of those the router would choose; -1 leaves it the choice.
-    products: `TURNED` where weights are.
+    products: how the weights lie.
     """
 
     def product(x: Array, name: str) -> Array:
-        return products.project(x, p[name], PRODUCTS[name])
+        return products.project(x, p[name], SUMS[name])
 
     p = jax.tree.map(lambda w: w.astype(x.dtype), layer_params)
     h = rms_norm(x, p["attn_norm"], spec.norm_eps)

@@ -28,6 +28,7 @@ from jaxrl_llm.algorithms.base import SamplerHook
 from jaxrl_llm.models import decoder
 from jaxrl_llm.models.attention import LayerInfo, accumulator, causal
 from jaxrl_llm.models.experts import ROUTE
+from jaxrl_llm.models.products import PLAIN, SUMS, TURNED, project_turned, turn
 from jaxrl_llm.models.spec import ModelSpec
 from jaxrl_llm.rollout.lanes import Cache, joined
 from jaxrl_llm.rollout.sampling import Sampling, choose, uniforms
@@ -49,7 +50,7 @@ class Settings(NamedTuple):
     hook: SamplerHook | None
     lockstep: tuple[str, ...]  # mesh axes whose shards take the same number of steps
     record: bool  # keep the experts that tokens go to
-    turned: bool  # weights of products have outputs as rows (`decoder.turn`); of a tied embedding there is one copy
+    turned: bool  # weights of products have outputs as rows (`products.turn`); of a tied embedding there is one copy
 
 
 class Job(NamedTuple):
@@ -99,7 +100,7 @@ def prepare(spec: ModelSpec, dtype: Any, turned: bool, params: Params) -> Params
     out = {"embed": params["embed"], "norm": params["norm"]}
     if not (turned and spec.tied):
         unembed = decoder.unembed(spec, params)
-        out["unembed"] = decoder.turn(unembed, 1) if turned else unembed
+        out["unembed"] = turn(unembed, 1) if turned else unembed
     return jax.tree.map(lambda w: w.astype(dtype), out)
 
 
@@ -113,7 +114,7 @@ def prepare_layer(dtype: Any, turned: bool, layers: Params, at: Int[Array, ""], 
     def cut(name: str, part: Params) -> Params:
         index = alike if name in (*decoder.DENSE, decoder.EXPERTS) else at
         own = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, index, keepdims=False).astype(dtype), part)
-        return decoder.turn(own, decoder.PRODUCTS[name]) if turned and name in decoder.PRODUCTS else own
+        return turn(own, SUMS[name]) if turned and name in SUMS else own
 
     return {name: cut(name, part) for name, part in layers.items()}
 
@@ -329,7 +330,7 @@ def token_logits(
 
     x = decoder.embed(spec, weights, slots.token[:, None], settings.dtype)
     cos, sin = decoder.rope(spec, position[:, None], settings.dtype)
-    products = decoder.TURNED if settings.turned else decoder.PLAIN
+    products = TURNED if settings.turned else PLAIN
 
     @partial(jax.jit, static_argnums=0)  # layers of a kind are traced and lowered once
     def layer(info: LayerInfo, p: Params, context: Cache, own: Cache, x: Array) -> tuple[Array, decoder.Kept]:
@@ -357,7 +358,7 @@ def token_logits(
     hidden = decoder.final_norm(spec, weights, x)[:, 0]
     acc = accumulator(settings.dtype)
     if settings.turned:
-        logits = decoder.project_turned(hidden, weights["embed" if spec.tied else "unembed"], 1, acc)
+        logits = project_turned(hidden, weights["embed" if spec.tied else "unembed"], 1, acc)
     else:
         logits = jnp.matmul(hidden, weights["unembed"], preferred_element_type=acc)
     # Whole on every device: shards branch differently when they choose tokens, and must not communicate there.

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_llm.compile_cache import quickly, well
 from jaxrl_llm.models import decoder
+from jaxrl_llm.models.products import SUMS
 from jaxrl_llm.models.spec import ModelSpec
 from jaxrl_llm.rollout import decode
 from jaxrl_llm.rollout.sampling import item_keys
@@ -59,7 +60,7 @@ def placement(spec: ModelSpec, mesh: Mesh, turned: bool) -> Placement:
 
     def own(name: str, axes: PartitionSpec) -> PartitionSpec:
         """Of one layer, what `axes` are of the stack."""
-        sums = decoder.PRODUCTS.get(name, 0) if turned else 0
+        sums = SUMS.get(name, 0) if turned else 0
         return PartitionSpec(*axes[1 + sums :], *axes[1 : 1 + sums])
 
     one_by_one = [decoder.own_parts(spec, layout["layers"], i) for i in range(spec.layers)]
