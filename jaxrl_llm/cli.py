@@ -1,9 +1,11 @@
 """The command line: train, launch, eval, sample, plan, list, check, bench, convert. Commands import what they need."""
 
 import argparse
+import gc
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -182,6 +184,19 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return paths, overrides
 
 
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Imports make hundreds of thousands of objects that stay. Looking for garbage among them, then and whenever programs are
+    traced later, took half a second of a start.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def _load(words: Sequence[str]):
     from jaxrl_llm import config_load
 
@@ -194,20 +209,22 @@ def _run(words: Sequence[str], work: Callable[["Config"], int], model: str | Non
     JAX is told where to keep compiled programs, and the processes meet, before anything is computed, which the checks of a
     method do.
     """
-    from jaxrl_llm import compile_cache, config_check, config_load
+    with _importing():
+        from jaxrl_llm import compile_cache, config_check, config_load
 
     instead = [f"model.path={json.dumps(model)}", "model.spec=null"] if model else []
     config = config_load.load_unchecked(*split([*words, *instead]))
     config_check.check(config)
+    with _importing():
+        from jaxrl_llm.sharding import processes
     compile_cache.use(config.run.compile_cache)
-    from jaxrl_llm.sharding import processes
-
     return processes.run(config.distributed, lambda: work(config_check.check_method(config)))
 
 
 def _train(args: argparse.Namespace) -> int:
     def train(config: "Config") -> int:
-        from jaxrl_llm.training import loop
+        with _importing():
+            from jaxrl_llm.training import loop
 
         return loop.train(config)
 
@@ -222,7 +239,8 @@ def _launch(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     def evaluate_(config: "Config") -> int:
-        from jaxrl_llm.training import evaluate
+        with _importing():
+            from jaxrl_llm.training import evaluate
 
         evaluate.run(config, args.model)
         return 0
@@ -232,8 +250,9 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _sample(args: argparse.Namespace) -> int:
     def sample_(config: "Config") -> int:
-        from jaxrl_llm.sharding import processes
-        from jaxrl_llm.training import sample
+        with _importing():
+            from jaxrl_llm.sharding import processes
+            from jaxrl_llm.training import sample
 
         texts = sample.run(config, args.prompt, n=args.n, path=args.model, greedy=args.greedy)
         for text in texts if processes.lead() else ():
@@ -297,13 +316,15 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from jaxrl_llm.benching import shapes
+    with _importing():
+        from jaxrl_llm.benching import shapes
 
     if any("=" not in word.partition("/")[0] for word in args.config):
         config, stop_rate = _load(args.config), args.stop_rate
     else:
         config, stop_rate = shapes.config_of(args.model, args.config), args.stop_rate or 0.0
-    from jaxrl_llm.benching import bench
+    with _importing():
+        from jaxrl_llm.benching import bench
 
     report = bench.run(
         config,

@@ -16,6 +16,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
 import jax
 import pytest
 
+gc.set_threshold(50_000)  # tracing makes objects that stay: looking for garbage among them took a twelfth of the tests
 jax.config.update("jax_num_cpu_devices", 8)  # before any computation; a later change raises
 _cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxrl_llm" / "tests"
 jax.config.update("jax_compilation_cache_dir", str(_cache))
