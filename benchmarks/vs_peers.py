@@ -78,7 +78,16 @@ def main() -> None:
     cases = {name: CASES[name] for name in args.cases} | dict(map(custom, args.case))
     if args.rounds < 5:
         print(f"{args.rounds} rounds: fewer than 5 tell little", file=sys.stderr)
+    report: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": "python benchmarks/vs_peers.py --cases " + " ".join(args.cases + [f"--case {c}" for c in args.case]),
+        "versions": versions(args),
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
+        "ours": args.ours,
+        "cases": {name: dataclasses.asdict(case) for name, case in cases.items()},
+    }
     runs: list[dict[str, Any]] = []
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(args.rounds):
             for name, case in cases.items():
@@ -89,19 +98,9 @@ def main() -> None:
                     runs.append({"round": number, "case": name, "side": side, "against": against})
                     runs[-1] |= measure(command, read)
                     print(" ".join(f"{k}={v}" for k, v in runs[-1].items()), file=sys.stderr, flush=True)
-    report = {
-        "date": time.strftime("%Y-%m-%d"),
-        "command": "python benchmarks/vs_peers.py " + " ".join(args.cases + [f"--case {c}" for c in args.case]),
-        "versions": versions(args),
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
-        "ours": args.ours,
-        "cases": {name: dataclasses.asdict(case) for name, case in cases.items()},
-        "ratios": ratios(runs),
-        "alone": alone(runs),
-        "runs": runs,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+            # A round at a time: what was measured stays when a later one is cut short.
+            report |= {"ratios": ratios(runs), "alone": alone(runs), "runs": runs}
+            args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
 
 
