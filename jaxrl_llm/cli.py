@@ -187,14 +187,19 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 @contextmanager
 def _importing() -> Iterator[None]:
     """Imports make hundreds of thousands of objects that stay. Looking for garbage among them, then and whenever programs are
-    traced later, took half a second of a start.
+    traced later, took a third of a second of a start (docs/performance.md).
+
+    A process that has the modules already keeps its collector as it is: freezing would keep its garbage, too.
     """
+    had, collecting = len(sys.modules), gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
-        gc.enable()
+        if len(sys.modules) > had:
+            gc.freeze()
+        if collecting:
+            gc.enable()
 
 
 def _load(words: Sequence[str]):

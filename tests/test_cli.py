@@ -1,5 +1,6 @@
 """The command line: what it shows, what it refuses, and that refusing is one line and code 2."""
 
+import gc
 import subprocess
 import sys
 
@@ -170,3 +171,19 @@ def test_convert_says_where_it_wrote(model, tmp_path, capsys):
     assert str(tmp_path / "out") in capsys.readouterr().out
     spec, params = hf.load(tmp_path / "out", dtype="bfloat16")
     assert params["embed"].shape == (spec.vocab, spec.embed)
+
+
+def test_importing_freezes_only_what_is_new(monkeypatch):
+    """A caller's process with everything imported has nothing frozen, and a collector that was off stays off."""
+    frozen = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(1))
+    with cli._importing():
+        assert not gc.isenabled()
+    assert gc.isenabled() and not frozen
+    gc.disable()
+    try:
+        with cli._importing():
+            monkeypatch.setitem(sys.modules, "new", sys)
+        assert not gc.isenabled() and frozen == [1]
+    finally:
+        gc.enable()
