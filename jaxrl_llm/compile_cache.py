@@ -16,6 +16,7 @@ from pathlib import Path
 
 LIMIT = 4 * 2**30  # bytes kept in our own directory
 NEVER = 1e9  # seconds of compilation that no program takes
+LEVEL = "xla_backend_optimization_level"
 LONG = 0.2  # seconds of compilation that leave memory worth the milliseconds it takes to return it
 
 
@@ -61,9 +62,10 @@ def well(platform: str) -> dict[str, bool | int]:
     """`compiler_options` for the programs that a run spends its time in; none but on a CPU.
 
     There LLVM's higher levels of optimization take a quarter longer to compile and the programs run no faster: XLA has
-    arranged their loops before.
+    arranged their loops before. A level in the environment's XLA_FLAGS stands.
     """
-    return {"xla_backend_optimization_level": 1} if platform == "cpu" else {}
+    told = LEVEL in os.environ.get("XLA_FLAGS", "")
+    return {LEVEL: 1} if platform == "cpu" and not told else {}
 
 
 def in_place(platform: str) -> dict[str, bool | int]:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# The tests spend their time compiling: few optimizations, and while XLA has them its older emitters, take a fraction of it.
+# The tests spend their time compiling, which takes a fraction of it without optimizations and by XLA's older emitters, while it
+# has them.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_backend_optimization_level=1"
+    " --xla_backend_optimization_level=0"
     + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else "")
 )
 

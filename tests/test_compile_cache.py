@@ -109,3 +109,13 @@ def test_memory_is_returned_after_long_compilations_only(monkeypatch):
     monkeypatch.setattr(compile_cache.ctypes, "CDLL", lambda name: object())
     compile_cache.return_memory.__wrapped__()
     assert len(listeners) == 1
+
+
+def test_a_level_of_optimization_in_the_environment_stands(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    usual = compile_cache.well("cpu")
+    assert usual and not compile_cache.well("gpu")
+    assert all(options("cpu").items() >= usual.items() for options in (compile_cache.quickly, compile_cache.in_place))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
+    for options in (compile_cache.well, compile_cache.quickly, compile_cache.in_place):
+        assert not options("cpu").keys() & usual.keys()

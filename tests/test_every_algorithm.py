@@ -135,13 +135,7 @@ def programs(alg: Algorithm, state: Any) -> Programs:
     def whole(rows: Rollouts, views: Views) -> Result:
         return rest(rows, credit(rows), views)
 
-    # Compiling is most of this suite's time, running almost none of it.
-    return Programs(
-        *(
-            jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
-            for f in (credit, weigh, loss, rest, whole)
-        )
-    )
+    return Programs(*map(jax.jit, (credit, weigh, loss, rest, whole)))
 
 
 def select(alg: Algorithm, state: Any, run: Programs, rows: Rollouts, credit: Credit) -> tuple[Rollouts, Credit]:

@@ -36,9 +36,6 @@ CONFIG = learning.config(
     model={"dtype": "float64", "param_dtype": "float64"},
 )
 
-# Compiling is most of these tests' time, running almost none of it.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 pytestmark = pytest.mark.usefixtures("x64")
 
 
@@ -115,7 +112,7 @@ def case(index: int) -> Case:
         rows = rows.with_(old_logp=old["logp"])
     rows = rows.with_(extras=rescored)
     state = alg.init()
-    given = jit(alg.credit)(state, rows, KEY)
+    given = jax.jit(alg.credit)(state, rows, KEY)
     if alg.select is not None:
         rows, given, _ = alg.select(state, {}, rows, given, KEY)
     own, n = np.arange(nasty.ROWS), len(rows.block)
@@ -137,8 +134,8 @@ def learner(alg: Algorithm, splits: int, devices: tuple[int, ...] = (1, 1)) -> L
     made = copy.copy(programs(alg.needs.loss, devices))
     made.alg = alg._replace(rate=None)  # a step is the gradient itself
     made._run = made._run._replace(
-        differentiate=jit(partial(gradients.differentiate, alg)),
-        weigh=jit(partial(gradients.weigh, alg, CONFIG.learner.importance)),
+        differentiate=jax.jit(partial(gradients.differentiate, alg)),
+        weigh=jax.jit(partial(gradients.weigh, alg, CONFIG.learner.importance)),
         tune=lambda state, metrics, finite: state,
     )
     settings = learning.config(learner={"route": "joint", "microbatch_rows": nasty.ROWS // splits}).learner
